@@ -1,0 +1,72 @@
+# Every target does its own set-up in .venv, once, and starts at once the next time. GNU make 3.81 or later.
+#
+#   make demo    train the built-in model on a CPU and compare it before and after
+#   make test    the fast tests          make lint    ruff
+#   make bench   hpsafety against its peers, in .venv-bench
+#   make clean   removes what was built  make distclean   removes the environments too
+#
+# PYTHON=python3.12 make demo     uses that Python
+# HPSAFETY_NO_EXT=1 make demo     goes without the C++ kernels (slow)
+# ARGS="--seed 1" make demo       hands arguments on; also: make test ARGS="-k rope", make bench ARGS=--help
+
+VENV ?= .venv
+ARGS ?=
+PY := $(VENV)/bin/python
+SET_UP := $(PY) make/environment.py
+SOURCES := setup.py $(shell find csrc -type f -name '*.[ch]*' 2>/dev/null)
+RUN_BENCH := $(PY) -m bench.end_to_end.sft
+
+.PHONY: demo test lint bench clean distclean help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:
+	@sed -n '3,9s/^# *//p' Makefile
+
+demo: $(VENV)/.built $(VENV)/.demo
+	@$(PY) -m hpsafety demo $(ARGS)
+
+test: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.lint
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+bench:
+	@$(MAKE) VENV=.venv-bench run-bench
+
+.PHONY: run-bench
+run-bench: $(VENV)/.built $(VENV)/.demo $(VENV)/.bench
+	@$(RUN_BENCH) $(ARGS)
+
+clean:
+	rm -rf build hpsafety.egg-info hpsafety/*.so .venv/.built .venv-bench/.built
+
+distclean: clean
+	rm -rf .venv .venv-bench
+
+# Stamps. environment.py touches one when its step is complete; without a compiler .built stays away, so that the
+# next call looks again.
+$(VENV)/.python: make/create_venv.sh
+	@sh make/create_venv.sh "$(VENV)"
+
+$(VENV)/.torch: $(VENV)/.python pyproject.toml make/environment.py
+	@$(SET_UP) torch
+
+$(VENV)/.core: $(VENV)/.torch
+	@$(SET_UP) core
+
+$(VENV)/.built: $(VENV)/.core $(SOURCES)
+	@$(SET_UP) built
+
+$(VENV)/.demo: $(VENV)/.core
+	@$(SET_UP) demo
+
+$(VENV)/.test: $(VENV)/.core
+	@$(SET_UP) test
+
+$(VENV)/.bench: $(VENV)/.core
+	@$(SET_UP) bench
+
+$(VENV)/.lint: $(VENV)/.python pyproject.toml
+	@$(SET_UP) lint

@@ -1,0 +1,1 @@
+"""The same training work in hpsafety and in its peers."""

@@ -1,0 +1,73 @@
+"""From runs to a summary and a table."""
+
+import statistics
+
+from bench.end_to_end.common import Settings
+from bench.end_to_end.limit import best_of, combine
+
+
+def summarise(settings: Settings, runs: list[dict], limits: list[dict], work: dict) -> dict:
+    """Per contender rates, memory and fraction of the GEMM limit, from its runs; ratios say peer / hpsafety.
+
+    gemm_gflops  the limit: per shape the best route's best rate over the session; spread: of single measurements
+    """
+    rates = [combine(settings, one) for one in limits]
+    gflops = combine(settings, best_of(limits))
+    rows = {}
+    for name in dict.fromkeys(run["contender"] for run in runs):
+        mine = [run for run in runs if run["contender"] == name]
+        seconds = [run["seconds"] for run in mine]
+        rows[name] = {
+            "seconds_min": min(seconds), "seconds_median": statistics.median(seconds),
+            "cpu_seconds_min": min(run["cpu_seconds"] for run in mine),
+            "tokens_equiv_per_s": work["tokens_equiv"] / min(seconds),
+            "tokens_equiv_per_s_median": work["tokens_equiv"] / statistics.median(seconds),
+            "gemm_fraction": work["needed_flops"] / (min(seconds) * gflops * 1e9),
+            "peak_rss_mb": max(run["peak_rss_mb"] for run in mine),
+            "first_step_loss": mine[0]["losses"][0], "last_step_loss": mine[0]["losses"][-1], "note": mine[0]["note"],
+        }  # fmt: skip
+    ours = rows.get("hpsafety")
+    if ours:
+        for row in rows.values():
+            row["hpsafety_speedup"] = row["seconds_min"] / ours["seconds_min"]
+            row["hpsafety_speedup_median"] = row["seconds_median"] / ours["seconds_median"]
+            row["hpsafety_cpu_speedup"] = row["cpu_seconds_min"] / ours["cpu_seconds_min"]
+            row["hpsafety_memory_ratio"] = ours["peak_rss_mb"] / row["peak_rss_mb"]
+    return {"contenders": rows, "gemm_gflops": gflops, "gemm_gflops_spread": [min(rates), max(rates)],
+            "gemm_best": best_of(limits)}  # fmt: skip
+
+
+def print_table(settings: Settings, summary: dict, machine: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"SFT, {settings.pairs} pairs, batch {settings.batch}, {settings.tokens_per_batch} tokens a micro-batch, "
+    table = Table(title=title + f"{settings.precision}, {settings.threads} threads")
+    for column in ("", "tokens/s best", "median", "hpsafety is faster by", "by CPU time", "peak RSS MB"):
+        table.add_column(column, justify="right" if column else "left")
+    for column in ("hpsafety's share", "of GEMM limit", "first-step loss"):
+        table.add_column(column, justify="right")
+    ratio = lambda row, key, form: form.format(row[key]) if key in row else "-"  # noqa: E731
+    for name, row in summary["contenders"].items():
+        table.add_row(
+            name, f"{row['tokens_equiv_per_s']:.0f}", f"{row['tokens_equiv_per_s_median']:.0f}",
+            ratio(row, "hpsafety_speedup", "{:.2f}x"), ratio(row, "hpsafety_cpu_speedup", "{:.2f}x"),
+            f"{row['peak_rss_mb']:.0f}", ratio(row, "hpsafety_memory_ratio", "{:.2f}"),
+            f"{100 * row['gemm_fraction']:.0f} %", f"{row['first_step_loss']:.5f}",
+        )  # fmt: skip
+    console = Console(soft_wrap=True)
+    console.print(table)
+    _print_context(summary, machine)
+
+
+def _print_context(summary: dict, machine: dict) -> None:
+    """What stands below the table: the limit, what each contender did, and on which machine."""
+    low, high = summary["gemm_gflops_spread"]
+    best = [f"{shape} {max(r, key=r.get)} {max(r.values()):.0f}" for shape, r in summary["gemm_best"].items()]
+    print(f"GEMM limit {summary['gemm_gflops']:.0f} GFLOP/s (single measurements {low:.0f} to {high:.0f})")
+    print("best routes: " + ", ".join(best))
+    for name, row in summary["contenders"].items():
+        print(f"{name}: {row['note']}")
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    print(f"{machine['cpu']}, {machine['torch_capability']}, {machine['cores']} cores; {versions}")
+    print(f"load average at the start: {machine['load_average'][0]:.1f}")

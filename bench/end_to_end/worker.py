@@ -1,0 +1,29 @@
+"""One run in a process of its own: python -m bench.end_to_end.worker CONTENDER SETTINGS.json RESULT.json."""
+
+import dataclasses
+import functools
+import importlib
+import logging
+import sys
+
+import torch
+
+from bench.end_to_end.common import peak_rss_mb, read_settings, write_json
+
+
+def _load(name: str):
+    module = importlib.import_module(f"bench.end_to_end.run_{name.removesuffix('-padded')}")
+    return functools.partial(module.run, padding_free=False) if name == "trl-padded" else module.run
+
+
+def main(name: str, settings_path: str, result_path: str) -> None:
+    settings = read_settings(settings_path)
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    result = dataclasses.asdict(_load(name)(settings))
+    write_json(result_path, {"contender": name, **result, "peak_rss_mb": peak_rss_mb()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,123 @@
+"""What each command can be told: one flat, frozen dataclass per command, checked when it is made.
+
+The command line is generated from these fields: the name gives the flag, the type its form, the metadata its help.
+Importing this file imports no torch. A value that does not fit raises InputError with one line that names the flag.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Literal
+
+from hpsafety.errors import InputError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def option(help: str, default=dataclasses.MISSING):
+    """A field with its help text; without a default it must be given."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def require(cfg, field: str, ok: bool, expected: str) -> None:
+    """InputError unless `ok`: '--lr must be greater than 0, got -1.0'."""
+    if not ok:
+        raise InputError(f"{flag(field)} must be {expected}, got {getattr(cfg, field)!r}")
+
+
+def require_at_least(cfg, minimum: int, *fields: str) -> None:
+    """Each field is at least `minimum`, or None where the field allows it."""
+    for field in fields:
+        value = getattr(cfg, field)
+        require(cfg, field, value is None or value >= minimum, f"at least {minimum}")
+
+
+def require_device(cfg) -> None:
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device) is not None
+    require(cfg, "device", known, "auto, cpu, cuda or cuda:N")
+
+
+def require_seed(cfg) -> None:
+    require(cfg, "seed", 0 <= cfg.seed < 2**63, "from 0 to 2^63 - 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SFTConfig:
+    """Supervised fine-tuning on demonstrations, helpful and safe mixed."""
+
+    model: str = option("model to start from: HF directory, .gguf file, or smollm2")
+    data: tuple[str, ...] = option("JSON-lines files of demonstrations, or folders of the datasets library")
+    out: str = option("run directory to write; a run found there is resumed")
+    seed: int = option("seed of the data order and the safety subset", 0)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    precision: Precision = option("bf16 only where it is faster when auto", "auto")
+    batch: int = option("examples per optimiser step, over all ranks", 64)
+    tokens_per_batch: int = option(
+        "tokens per micro-batch and rank; changes memory and speed, not the result", 2048
+    )
+    max_length: int | None = option(
+        "tokens; a longer example is dropped and counted; the model's context if absent", None
+    )
+    epochs: int = option("passes over the data", 2)
+    steps: int | None = option("exactly this many optimiser steps; overrides --epochs", None)
+    lr: float = option("peak learning rate; a cosine takes it to a tenth", 2e-5)
+    warmup: int = option("optimiser steps of linear warm-up", 0)
+    weight_decay: float = option("decoupled weight decay, on all but norms and biases", 0.1)
+    clip: float = option("largest global gradient norm", 1.0)
+    beta1: float = option("AdamW: decay of the first moment per step", 0.9)
+    beta2: float = option("AdamW: decay of the second moment per step", 0.95)
+    eps: float = option("AdamW: added to the root of the second moment", 1e-5)
+    safety_fraction: float = option("share of the safety rows used, 0 to 1; all helpful rows are", 1.0)
+    all_safety: bool = option("take rows without is_safety as safety rows", False)
+    checkpoint_every: int = option(
+        "optimiser steps between checkpoints; 0: only at the end or when interrupted", 50
+    )
+    resume: bool = option("go on from the checkpoint that OUT holds", True)
+    recompute: bool = option(
+        "recompute each block's activations in backward: less memory, a third more work", False
+    )
+
+    def __post_init__(self):
+        require(self, "model", bool(self.model), "a directory, a file or a name")
+        require(self, "data", len(self.data) > 0 and all(self.data), "one file or more")
+        require(self, "out", bool(self.out), "a directory")
+        require_seed(self)
+        require_device(self)
+        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_at_least(self, 1, "batch", "tokens_per_batch", "epochs", "steps")
+        require_at_least(self, 2, "max_length")
+        require_at_least(self, 0, "warmup", "checkpoint_every")
+        for field in ("lr", "eps", "clip"):
+            value = getattr(self, field)
+            require(self, field, math.isfinite(value) and value > 0, "a number greater than 0")
+        require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a number, 0 or greater")
+        for field in ("beta1", "beta2"):
+            require(self, field, 0 <= getattr(self, field) < 1, "from 0 to below 1")
+        require(self, "safety_fraction", 0 <= self.safety_fraction <= 1, "from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """The whole pipeline, small, on the built-in model and data."""
+
+    out: str = option("directory for the model, the report and the logs", "demo-out")
+    seed: int = option("seed of the data subset and order", 0)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    precision: Precision = option("bf16 only where it is faster when auto", "auto")
+    batch: int = option("examples per optimiser step", 8)
+    lr: float = option("peak learning rate; a cosine takes it to a tenth", 2e-5)
+    train_tokens: int = option("tokens to train on, at most", 12_000)
+    eval_prompts: int = option("held-out prompts asked per set, before and after", 60)
+    answer_tokens: int = option("tokens per answer, at most", 40)
+
+    def __post_init__(self):
+        require(self, "out", bool(self.out), "a directory")
+        require_seed(self)
+        require_device(self)
+        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_at_least(self, 1, "batch", "train_tokens", "eval_prompts", "answer_tokens")
+        require(self, "lr", math.isfinite(self.lr) and self.lr > 0, "a number greater than 0")

@@ -1,0 +1,144 @@
+"""Writes the demo's data from the templates: `python -m hpsafety.data.demo.generate`, byte for byte the same.
+
+The texts are in templates/*.toml. A training file holds tables `[kind.group.name]`, where kind.group is
+category.attack for adversarial prompts, and borderline.topic or helpful.topic for the others:
+
+    [helpful.cooking.basic]
+    prompt = "How do I cook perfect {dish}?"          # skeleton: {slots} are filled
+    responses = ["{answer} Taste near the end."]      # one or more; row n takes number n modulo their count
+    slots = ["dish", "answer"]
+    fills = [["rice", "Rinse the rice, ..."], ...]    # one row each; at most MAX_FILLS
+
+The template id is the table's name with hyphens, helpful-cooking-basic. Each row keeps its id and its slots, so
+that it can be made again from them. A held-out file holds `[set.topic]`, or `[set.category.attack]`, with lines
+`name = [prompt, reference response]`: each is a template of its own, and none occurs in training (DATA-3).
+
+Harmful requests are named by topic or by a placeholder such as [substance X], never described (DATA-4).
+"""
+
+import json
+import random
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpsafety.files import atomic_write
+
+SEED = 0  # of the order of the rows
+MAX_FILLS = 10  # rows a template may give
+SOURCE = "hpsafety-demo"
+SAFETY_FILES = ("safety_illicit", "safety_hateful", "safety_advice")
+HELPFUL_FILES = ("borderline", "helpful_a", "helpful_b")
+HELDOUT_SPLITS = {
+    "heldout_adversarial": "test_safety",
+    "heldout_borderline": "test_borderline",
+    "heldout_helpful": "test_help",
+}
+CHECKS = {"fits_dialogue": True, "follows_instruction": True, "well_written": True, "safe": True}
+HERE = Path(__file__).parent
+_SLOT = re.compile(r"\{(\w+)\}")
+
+
+def read_toml(name: str) -> dict:
+    """The tables of templates/NAME.toml."""
+    with open(HERE / "templates" / f"{name}.toml", "rb") as handle:
+        return tomllib.load(handle)
+
+
+def fill(skeleton: str, slots: dict[str, str]) -> str:
+    """The skeleton with each {name} replaced. Raises KeyError for a slot that has no text."""
+    return _SLOT.sub(lambda match: slots[match[1]], skeleton)
+
+
+def templates() -> dict[str, dict]:
+    """Template id -> {prompt, responses, slots, fills, is_safety, is_borderline, category, attack} (training)."""
+    found = {}
+    for file in (*SAFETY_FILES, *HELPFUL_FILES):
+        for kind, groups in read_toml(file).items():
+            for group, tables in groups.items():
+                for name, table in tables.items():
+                    found[f"{kind}-{group}-{name}"] = table | row_fields(file, kind, group)
+    return found
+
+
+def row_fields(file: str, kind: str, group: str) -> dict:
+    """What every row of a table has in common; attack is null where nothing is attacked."""
+    if file in SAFETY_FILES:
+        return {"is_safety": True, "is_borderline": False, "category": kind, "attack": group}
+    return {"is_safety": False, "is_borderline": kind == "borderline", "category": group, "attack": None}
+
+
+def template_rows(template: str, table: dict) -> Iterator[dict]:
+    """The demonstrations of one template. Raises ValueError where a fill does not match the slots."""
+    if len(table["fills"]) > MAX_FILLS:
+        raise ValueError(f"template {template} has more than {MAX_FILLS} fills")
+    for number, texts in enumerate(table["fills"]):
+        slots = dict(zip(table["slots"], texts, strict=True))
+        yield {
+            "id": f"{template}-{number}",
+            "prompt": fill(table["prompt"], slots),
+            "response": fill(table["responses"][number % len(table["responses"])], slots),
+            "is_safety": table["is_safety"],
+            "is_borderline": table["is_borderline"],
+            "category": table["category"],
+            "attack": table["attack"],
+            "split": "train",
+            "source": SOURCE,
+            "template": template,
+            "slots": slots,
+            "checks": CHECKS,
+        }
+
+
+def train_rows() -> list[dict]:
+    """All demonstrations, in an order drawn from SEED."""
+    rows = [row for template, table in templates().items() for row in template_rows(template, table)]
+    random.Random(SEED).shuffle(rows)
+    return rows
+
+
+def heldout_rows(name: str) -> list[dict]:
+    """The prompts of one held-out set, each with its reference response, in the order of the file."""
+    rows = []
+    for group, entries in read_toml(name)[name].items():
+        is_safety = name == "heldout_adversarial"
+        for attack, lines in entries.items() if is_safety else [(None, entries)]:
+            for entry, (prompt, response) in lines.items():
+                identity = "-".join(filter(None, (name, group, attack, entry)))
+                rows.append(
+                    {
+                        "id": identity,
+                        "prompt": prompt,
+                        "response": response,
+                        "is_safety": is_safety,
+                        "is_borderline": name == "heldout_borderline",
+                        "category": group,
+                        "attack": attack,
+                        "split": HELDOUT_SPLITS[name],
+                        "source": SOURCE,
+                        "template": identity,
+                    }
+                )
+    return rows
+
+
+def data_sets() -> dict[str, list[dict]]:
+    """File stem -> rows: the four files of the demo."""
+    return {"train": train_rows()} | {name: heldout_rows(name) for name in HELDOUT_SPLITS}
+
+
+def encode(rows: list[dict]) -> bytes:
+    """The rows as UTF-8 JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def main() -> None:
+    for name, rows in data_sets().items():
+        with atomic_write(HERE / f"{name}.jsonl", "wb") as handle:
+            handle.write(encode(rows))
+        print(f"{name}.jsonl: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The public ops: contract, checks, autograd and choice of backend, one file per op."""
+
+from hpsafety.ops.adamw import adamw_, grad_norm_sq
+from hpsafety.ops.attention import attention
+from hpsafety.ops.backends import BackendUnavailable
+from hpsafety.ops.linear_cross_entropy import linear_cross_entropy
+from hpsafety.ops.linear_logprob import linear_logprob
+from hpsafety.ops.rms_norm import rms_norm
+from hpsafety.ops.rope import rope, rope_, rope_qkv
+from hpsafety.ops.swiglu import swiglu
+from hpsafety.ops.table import table
+
+__all__ = [
+    "BackendUnavailable",
+    "adamw_",
+    "attention",
+    "grad_norm_sq",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "rms_norm",
+    "rope",
+    "rope_",
+    "rope_qkv",
+    "swiglu",
+    "table",
+]

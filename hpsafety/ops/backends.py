@@ -1,0 +1,107 @@
+"""Which backend serves a call: resolves `impl` and HPSAFETY_IMPL to a name, and loads the C++ kernels once.
+
+Nothing is probed at import. A forced backend that is missing raises BackendUnavailable with the remedy.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import sysconfig
+from pathlib import Path
+
+import torch
+
+IMPLS = ("reference", "cpu", "triton", "cuda", "flash_attn", "apex")
+log = logging.getLogger("hpsafety")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was forced that this installation, device or op does not have."""
+
+
+def _library_path() -> Path | None:
+    capability = torch.backends.cpu.get_cpu_capability()  # honours ATEN_CPU_CAPABILITY
+    names = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("default",))
+    folder = Path(__file__).parent.parent
+    for name in names:
+        for path in sorted(folder.glob(f"_cpu_{name}*{sysconfig.get_config_var('EXT_SUFFIX')}")):
+            return path
+    return None
+
+
+@functools.cache
+def cpu_status() -> tuple[bool, str]:
+    """(loaded, what was loaded or why not and the remedy)."""
+    path = _library_path()
+    if path is None or importlib.util.find_spec("hpsafety._C") is None:
+        capability = torch.backends.cpu.get_cpu_capability()
+        return False, (
+            f"the C++ kernels are not built for this CPU ({capability}): install a C++17 compiler "
+            "('apt install g++', 'dnf install gcc-c++', 'xcode-select --install') and run make again"
+        )
+    try:
+        import hpsafety._C  # noqa: F401  the schemas must stand before the kernels register
+
+        torch.ops.load_library(str(path))
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        return (
+            False,
+            f"the C++ kernels were built for another torch or system ({reason}): run 'make clean' and make",
+        )
+    return True, path.name
+
+
+@functools.cache
+def cpu():
+    """The namespace of the C++ kernels (torch.ops.hpsafety_cpu), loaded at the first call."""
+    loaded, reason = cpu_status()
+    if not loaded:
+        raise BackendUnavailable(reason)
+    return torch.ops.hpsafety_cpu
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.info(line)
+
+
+def unavailable(op: str, impl: str, backends: tuple[str, ...], device: str) -> str | None:
+    """Why `impl` cannot serve `op` on `device`; None when it can."""
+    if impl not in IMPLS:
+        return f"{op}: unknown impl {impl!r}; choose one of {', '.join(IMPLS)}"
+    if impl == "reference":
+        return None
+    if impl not in backends:
+        return f"{op} has no {impl} backend; it has: {', '.join(('reference', *backends))}"
+    if impl == "cpu":
+        if device != "cpu":
+            return f"{op}: the cpu backend needs CPU tensors, got device {device}; move them with .cpu()"
+        return None if cpu_status()[0] else f"{op}: {cpu_status()[1]}"
+    return None
+
+
+def resolve(op: str, impl: str | None, backends: tuple[str, ...], device: str) -> str:
+    """The backend's name for one call.
+
+    impl      what the caller asked for; None reads HPSAFETY_IMPL, and after that picks by device and what is built
+    backends  what the op has beside its reference, the preferred one first
+    Raises ValueError for an unknown name, BackendUnavailable for a forced backend that cannot serve.
+    """
+    impl = impl or os.environ.get("HPSAFETY_IMPL") or None
+    if impl is not None:
+        reason = unavailable(op, impl, backends, device)
+        if reason is not None:
+            raise ValueError(reason) if impl not in IMPLS else BackendUnavailable(reason)
+        return impl
+    for name in backends:
+        if unavailable(op, name, backends, device) is None:
+            return name
+    _say_once(f"{op}: served by the reference on {device} (slow)")
+    return "reference"
+
+
+# torch.compile takes the answer as a constant of the graph. This is what torch.compiler.assume_constant_result sets;
+# calling that would import torch._dynamo, 1.5 s, in every process.
+resolve._dynamo_marked_constant = True

@@ -1,0 +1,31 @@
+"""Which backend serves each op here, and why not the others: what `hpsafety ops` prints."""
+
+import importlib
+
+import torch
+
+from hpsafety.ops import backends
+
+# op -> the module of hpsafety.ops that holds it
+OPS = {
+    "attention": "attention", "linear_logprob": "linear_logprob",
+    "linear_cross_entropy": "linear_cross_entropy", "rms_norm": "rms_norm", "rope": "rope", "swiglu": "swiglu", "adamw_": "adamw",
+}  # fmt: skip
+
+
+def table() -> list[dict]:
+    """One row per op and backend: {"op", "backend", "available", "why"}; the serving one says so in "why"."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for op, module in OPS.items():
+        have = importlib.import_module(f"hpsafety.ops.{module}").BACKENDS
+        serving = backends.resolve(op, None, have, device)
+        for impl in backends.IMPLS:
+            reason = backends.unavailable(op, impl, have, device)
+            why = reason.split(": ", 1)[-1] if reason else "available when forced"
+            if impl == serving:
+                why = f"serves on {device}"
+            elif impl == "reference":
+                why = "the oracle; serves where no other backend does"
+            rows.append({"op": op, "backend": impl, "available": reason is None, "why": why})
+    return rows

@@ -1,0 +1,34 @@
+"""Intervals for rates."""
+
+import math
+from dataclasses import dataclass
+
+Z95 = 1.959963984540054  # normal quantile of 0.975
+
+
+@dataclass(frozen=True)
+class Rate:
+    """count of total with a 95 % Wilson score interval, all shares in [0, 1]; nan where total is 0."""
+
+    count: int
+    total: int
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if not self.total:
+            return "not measured"
+        return f"{100 * self.value:.0f} % ({self.count}/{self.total}, {100 * self.low:.0f}-{100 * self.high:.0f})"
+
+
+def wilson(count: int, total: int) -> Rate:
+    """Wilson (1927): centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n)."""
+    if not 0 <= count <= total:
+        raise ValueError(f"wilson: need 0 <= count <= total, got {count} of {total}")
+    if total == 0:
+        return Rate(0, 0, math.nan, math.nan, math.nan)
+    p, z2 = count / total, Z95 * Z95 / total
+    centre = (p + z2 / 2) / (1 + z2)
+    half = Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total)) / (1 + z2)
+    return Rate(count, total, p, max(0.0, centre - half), min(1.0, centre + half))

@@ -1,0 +1,166 @@
+"""Passes over a fixed list of prompt groups (SFT, reward models, distillation): order, checkpoints, metrics, resume."""
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hpsafety.data.batches import epoch_order, step_slices
+from hpsafety.train import checkpoint, distributed
+from hpsafety.train.metrics import Metrics, Progress, peak_rss_mb
+from hpsafety.train.optim import AdamW, learning_rate
+from hpsafety.train.step import train_step
+
+log = logging.getLogger("hpsafety")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and has written a checkpoint: the CLI exits with 130."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """Counts in groups and steps; lr is the peak rate. steps (if set) overrides epochs."""
+
+    batch: int
+    epochs: int
+    steps: int | None
+    lr: float
+    warmup: int
+    tokens_per_batch: int
+    seed: int
+    checkpoint_every: int
+    dtype: torch.dtype = torch.float32  # of the computation; masters, reductions and the optimiser stay fp32
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+def plan_steps(num_groups: int, settings: FitSettings) -> list[tuple[int, slice]]:
+    """(pass over the data, slice of that pass's order) of every step; a step never spans two passes."""
+    one_pass = list(step_slices(num_groups, settings.batch))
+    total = settings.steps if settings.steps is not None else settings.epochs * len(one_pass)
+    return [(i // len(one_pass), one_pass[i % len(one_pass)]) for i in range(total)]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list instead of dying at once; a second signal kills as usual."""
+    caught: list[int] = []
+
+    def handler(number, _frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    try:
+        old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller handles signals
+        old = {}
+    try:
+        yield caught
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+def fit(
+    model,
+    groups: list,
+    loss: Callable,
+    count: Callable[[list], float],
+    settings: FitSettings,
+    run,
+    world,
+    title: str,
+) -> dict:
+    """Trains `model` on `groups` and returns counts for the manifest.
+
+    loss   loss(model, batch, denominator) -> scalar
+    count  the loss denominator of a list of groups (trained tokens, pairs ...)
+    run    RunDir, open; the run goes on from run.resume_step
+    Raises Interrupted after SIGINT or SIGTERM, FloatingPointError after three non-finite gradients in a row.
+    """
+    optimizer = AdamW(
+        model, settings.dtype, settings.betas, settings.eps, settings.weight_decay, settings.clip
+    )
+    steps = plan_steps(len(groups), settings)
+    totals = {"tokens": 0, "tokens_equiv": 0, "elapsed_s": 0.0, "skipped": 0}
+    if run.resume_step:
+        totals |= checkpoint.load(run.checkpoints / f"step-{run.resume_step}", model, optimizer, world)
+        log.info("resumed from step %d", run.resume_step)
+    totals["step"] = run.resume_step
+    metrics = Metrics(run.path, run.resume_step) if world.is_main else None
+    progress = Progress(title, len(steps), run.resume_step) if world.is_main else None
+    try:
+        with stop_signals() as caught:
+            for t in range(run.resume_step, len(steps)):
+                order = epoch_order(len(groups), steps[t][0], settings.seed)
+                chosen = [groups[i] for i in np.asarray(order)[steps[t][1]]]
+                started = time.perf_counter()
+                lr = learning_rate(t, len(steps), settings.lr, settings.warmup)
+                result = train_step(
+                    model,
+                    chosen,
+                    loss,
+                    count(chosen),
+                    optimizer,
+                    lr,
+                    settings.tokens_per_batch,
+                    world,
+                    lambda: bool(caught),
+                )
+                totals = _after_step(totals, result, lr, started, metrics, progress, world)
+                last = t + 1 == len(steps)
+                every = settings.checkpoint_every
+                if result.stop or (every and ((t + 1) % every == 0 or last)):
+                    checkpoint.save(run.checkpoints, t + 1, model, optimizer, totals, world)
+                if result.stop and not last:
+                    log.info("stopped at step %d after a signal; the same command goes on from there", t + 1)
+                    raise Interrupted(f"stopped at step {t + 1}; the same command goes on from there")
+    finally:
+        if world.is_main:
+            metrics.close()
+            progress.close()
+    return {"steps": len(steps), "groups": len(groups)} | {
+        k: totals[k] for k in ("tokens", "tokens_equiv", "skipped")
+    }
+
+
+def _after_step(totals, result, lr, started, metrics, progress, world) -> dict:
+    """Counters after a step; metrics and progress are written on rank 0."""
+    seconds = time.perf_counter() - started
+    finite = math.isfinite(result.grad_norm)
+    new = {
+        "step": totals["step"] + 1,
+        "tokens": totals["tokens"] + result.tokens,
+        "tokens_equiv": totals["tokens_equiv"] + result.tokens_equiv,
+        "elapsed_s": totals["elapsed_s"] + seconds,
+        "skipped": 0 if finite else totals["skipped"] + 1,
+    }
+    for rank, groups in enumerate(result.groups_per_rank):
+        log.info("rank %d: %d groups", rank, groups)
+    if not finite:
+        log.info("step %d skipped: the gradient norm is %s", new["step"], result.grad_norm)
+    if new["skipped"] >= 3:
+        raise FloatingPointError(f"three non-finite gradients in a row at step {new['step']}; lower --lr")
+    if world.is_main:
+        rate = result.tokens_equiv / seconds
+        metrics.write({
+            "step": new["step"], "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm,
+            "tokens": new["tokens"], "tokens_equiv": new["tokens_equiv"], "tokens_per_s": round(rate, 3),
+            "elapsed_s": round(new["elapsed_s"], 3), "peak_rss_mb": peak_rss_mb(),
+        })  # fmt: skip
+        progress.update(new["step"], f"loss {result.loss:.4f}  {rate:.0f} tokens/s")
+    return new
+
+
+def wait(world) -> None:
+    """All ranks meet here (before rank 0's files are read by others)."""
+    distributed.barrier(world)

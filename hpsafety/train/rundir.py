@@ -1,0 +1,149 @@
+"""The run directory: what made it (manifest.json), where a killed run goes on, and whether OUT is this run's at all."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import platform
+import shutil
+from pathlib import Path
+
+from hpsafety.errors import file_error
+from hpsafety.files import atomic_write
+from hpsafety.train import checkpoint
+
+# Fields that change how a run is executed, not what it computes: a run may be resumed under other values of these.
+EXECUTION = ("resume", "out", "device", "tokens_per_batch", "checkpoint_every", "recompute")
+OURS = ("model", "metrics.jsonl", "manifest.json", "checkpoints", "log.txt", "tb")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def input_hashes(paths) -> dict[str, str]:
+    """File name -> sha256 of each data file; a folder stands with all its files."""
+    out = {}
+    for path in map(Path, paths):
+        out |= tree_hashes(path) if path.is_dir() else {path.name: sha256(path)}
+    return out
+
+
+def tree_hashes(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file below `folder`, sorted."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder.parent)): sha256(p) for p in files}
+
+
+def versions() -> dict[str, str]:
+    """Versions and machine that a number depends on."""
+    import torch
+
+    import hpsafety
+
+    return {
+        "hpsafety": hpsafety.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "system": platform.platform(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class RunDir:
+    """OUT of one stage. Only rank 0 writes; every rank reads.
+
+    `resume_step` is the step to go on from (0: a fresh start); `complete` is True when the stage has ended before.
+    Raises InputError when OUT holds something else or a run of another config.
+    """
+
+    def __init__(self, out: str, stage: str, config, inputs: dict[str, str], world):
+        self.path, self.stage, self.world = Path(out), stage, world
+        self.checkpoints = self.path / "checkpoints"
+        self.config = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()
+        }
+        self.manifest = {
+            "stage": stage, "config": self.config, "code_version": versions()["hpsafety"], "seed": config.seed,
+            "versions": versions(), "world_size": world.size, "input_hashes": inputs, "output_hashes": {},
+            "counts": {}, "started": _now(), "ended": None,
+        }  # fmt: skip
+        old = self._old_manifest()
+        self.complete = bool(old and config.resume and old.get("ended"))
+        self.resume_step = 0
+        if old is not None and config.resume:
+            self._refuse_other(old)
+            self.manifest["started"] = old["started"]
+            found = checkpoint.steps(self.checkpoints)
+            self.resume_step = found[-1] if found else 0
+
+    def _old_manifest(self) -> dict | None:
+        path = self.path / "manifest.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise file_error(self.path, "--out must be a directory, but a file stands there; choose another")
+        if not path.exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise file_error(
+                    self.path, "--out holds files but no run of hpsafety; choose an empty directory"
+                )
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise file_error(path, f"is not readable ({error}); choose another --out") from error
+
+    def _refuse_other(self, old: dict) -> None:
+        def fixed(config):
+            return {k: v for k, v in config.items() if k not in EXECUTION}
+
+        mine, theirs = fixed(self.config), fixed(old.get("config", {}))
+        names = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+        if old.get("stage") != self.stage:
+            names, theirs, mine = ["stage"], {"stage": old.get("stage")}, {"stage": self.stage}
+        elif not names and old.get("input_hashes") != self.manifest["input_hashes"]:
+            names = [
+                k for k, v in self.manifest["input_hashes"].items() if old.get("input_hashes", {}).get(k) != v
+            ]
+            raise file_error(
+                self.path, f"holds a run of other data ({', '.join(names) or 'an input'} has changed since); "
+                "choose another --out, or --no-resume to start it anew"
+            )  # fmt: skip
+        if names:
+            shown = ", ".join(f"{k} was {theirs.get(k)!r}, now {mine.get(k)!r}" for k in names[:4])
+            raise file_error(
+                self.path, f"holds a run of another config ({shown}); choose another --out, or --no-resume to "
+                "start it anew"
+            )  # fmt: skip
+
+    def open(self) -> None:
+        """Makes OUT, clears what a fresh start must not inherit, and writes the manifest."""
+        if not self.world.is_main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.resume_step:
+            for name in OURS:
+                stale = self.path / name
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+        self._write()
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def finish(self, counts: dict) -> None:
+        """Writes output hashes, counts and the end time, and drops the optimiser's state."""
+        if not self.world.is_main:
+            return
+        checkpoint.drop_optimizer(self.checkpoints)
+        self.manifest |= {
+            "output_hashes": tree_hashes(self.path / "model"),
+            "counts": counts,
+            "ended": _now(),
+        }
+        self._write()
+
+    def _write(self) -> None:
+        with atomic_write(self.path / "manifest.json") as handle:
+            json.dump(self.manifest, handle, indent=2)
+            handle.write("\n")

@@ -1,0 +1,66 @@
+"""One optimiser step: micro-batches of whole groups, one global loss denominator, one update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hpsafety.data.batches import balance, micro_batches, predicted_flops
+from hpsafety.data.groups import PromptGroup, pack
+from hpsafety.train import distributed
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the global denominator; tokens, tokens_equiv: over all ranks; stop: some rank was signalled."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    tokens_equiv: int
+    groups_per_rank: list[int]
+    stop: bool
+
+
+def _assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
+    """Groups of each rank, balanced by predicted FLOPs. Every rank computes the same answer."""
+    if world.size == 1:
+        return [groups]
+    names = ("num_layers", "width", "mlp_width", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    shape = {name: getattr(model.config, name) for name in names}
+    costs = [predicted_flops(group, **shape) for group in groups]
+    return [[groups[i] for i in part] for part in balance(costs, world.size)]
+
+
+def train_step(
+    model, groups: list[PromptGroup], loss: Callable, denominator: float, optimizer, lr: float,
+    tokens_per_batch: int, world, stop: Callable[[], bool] = lambda: False,
+) -> StepResult:  # fmt: skip
+    """Forward and backward of `groups` in micro-batches of at most tokens_per_batch tokens, then one AdamW update.
+
+    loss         loss(model, batch, denominator) -> scalar; its sum over micro-batches and ranks is the step's loss
+    denominator  what the loss is divided by, counted over the whole step on all ranks
+    stop         asked after the update: has this rank been told to stop? All ranks share the answer and stop together
+    The micro-batch split and the number of ranks change the result by rounding only.
+    """
+    parts = _assign(model, groups, world)
+    splits = [micro_batches(part, tokens_per_batch) for part in parts]
+    mine = parts[world.rank]
+    # Every rank runs as many micro-batches as the longest one: sharded parameters are gathered by all together.
+    rounds = max(map(len, splits))
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    tokens = tokens_equiv = 0
+    optimizer.zero_grad()
+    for i in range(rounds):
+        indices = splits[world.rank][i] if i < len(splits[world.rank]) else []
+        batch = pack([mine[j] for j in indices]).to(world.device)
+        value = loss(model, batch, denominator)
+        value.backward()
+        total += value.detach()
+        tokens, tokens_equiv = tokens + batch.tokens_computed, tokens_equiv + batch.tokens_equiv
+        del value, batch
+    norm = optimizer.step(lr, world)
+    sums = torch.stack([total, *(torch.tensor(float(x), dtype=torch.float64, device=world.device)
+                                 for x in (tokens, tokens_equiv, stop()))])  # fmt: skip
+    loss_sum, tokens, tokens_equiv, stops = distributed.all_sum(sums, world).tolist()
+    return StepResult(loss_sum, float(norm), int(tokens), int(tokens_equiv), list(map(len, parts)), stops > 0)

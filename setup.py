@@ -1,0 +1,109 @@
+"""Build of hpsafety: `hpsafety._C` (schemas, build information) and one kernel library per CPU capability.
+
+Every file of csrc/cpu is compiled once per capability, with the compiler flags and with the CPU_CAPABILITY macros
+that at::vec looks at (without the macros it silently falls back to generic code). `hpsafety.ops.backends` loads the
+one that fits the running CPU. Without a compiler the package installs all the same and serves the reference ops.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+X86 = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mavx2", "-mf16c"],
+}
+
+
+def compiler() -> str | None:
+    """The C++ compiler that will be used, or None."""
+    named = os.environ.get("CXX")
+    return (
+        shutil.which(named)
+        if named
+        else shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    )
+
+
+def openmp_flags() -> tuple[list[str], list[str]]:
+    if (
+        sys.platform == "darwin"
+    ):  # Apple's clang has no -fopenmp of its own; at::parallel_for then runs serially
+        return ["-Wno-unknown-pragmas"], []
+    return ["-fopenmp"], ["-fopenmp"]
+
+
+def capabilities() -> dict[str, list[str]]:
+    """Capability name -> extra compiler flags."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return {
+            name: [*flags, f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}"]
+            for name, flags in X86.items()
+        }
+    return {"default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]}
+
+
+def extensions() -> list[Extension]:
+    from torch.utils.cpp_extension import CppExtension
+
+    compile_openmp, link_openmp = openmp_flags()
+    common = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-fvisibility=hidden", *compile_openmp]
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.h"))
+    out = [CppExtension("hpsafety._C", ["csrc/bindings.cpp"], extra_compile_args=common, depends=headers)]
+    for name, flags in capabilities().items():
+        out.append(
+            CppExtension(
+                f"hpsafety._cpu_{name}",
+                sources,
+                extra_compile_args=[*common, *flags],
+                extra_link_args=link_openmp,
+                depends=headers,
+            )
+        )
+    return out
+
+
+def build_command():
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        """One object folder per extension: the same source is compiled with different flags."""
+
+        def build_extension(self, ext):
+            base = self.build_temp
+            self.build_temp = os.path.join(base, ext.name.rsplit(".", 1)[-1])
+            os.makedirs(self.build_temp, exist_ok=True)
+            try:
+                super().build_extension(ext)
+            finally:
+                self.build_temp = base
+
+    return Build
+
+
+def wanted() -> bool:
+    if os.environ.get("HPSAFETY_NO_EXT") == "1":
+        return False
+    if compiler() is None:
+        print(
+            "hpsafety: no C++ compiler found; installing with the reference ops only (slow). A compiler comes with "
+            "'apt install g++', 'dnf install gcc-c++' or 'xcode-select --install'; then run the same command again."
+        )
+        return False
+    return True
+
+
+build = wanted()
+if build and not os.environ.get("CXX"):
+    os.environ["CXX"] = compiler()
+setup(
+    ext_modules=extensions() if build else [],
+    cmdclass={"build_ext": build_command() if build else build_ext},
+)
