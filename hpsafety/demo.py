@@ -119,7 +119,7 @@ def _opening(cfg: DemoConfig) -> None:
     print(
         f"hpsafety demo: fine-tunes {MODEL} (135M parameters, already instruction-tuned by its makers) on at most\n"
         f"{cfg.train_tokens:,} tokens of mild, synthetic demonstrations, and asks {3 * cfg.eval_prompts} held-out "
-        f"questions before and after.\nExpect 2 to 6 minutes on two cores and about 3.5 GB of memory. Output: {cfg.out}/\n",
+        f"questions before and after.\nExpect 2 to 6 minutes on two cores and under 4 GB of memory. Output: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
@@ -145,7 +145,8 @@ def run(cfg: DemoConfig) -> None:
     del model
     sft_config = SFTConfig(
         model=MODEL, data=(str(out / "data" / "train.jsonl"),), out=str(out / "sft"), seed=cfg.seed, lr=cfg.lr,
-        batch=cfg.batch, epochs=1, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024, checkpoint_every=0,
+        batch=cfg.batch, epochs=1, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
+        checkpoint_every=0,
     )  # fmt: skip
     sft.run(sft_config)
     model = load_model(str(out / "sft" / "model"))

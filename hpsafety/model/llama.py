@@ -1,6 +1,7 @@
 """A lean Llama: one ragged row of tokens in, one hidden row per token out.
 
-Legend: T tokens, D width, H query heads, G kv heads, J = H/G, K head dim, F mlp width, V vocabulary, N predicted tokens.
+Legend: T tokens, D width, H query heads, G kv heads, J = H/G, K head dim, F mlp width, V vocabulary, N predicted
+tokens.
 Weights are fused inside and laid out so that they can be sharded: qkv (G, J+2, K, D) on kv groups, gate_up (2, F, D)
 on F, o and down on their input columns. Names outside are Hugging Face's (hpsafety/model/io.py).
 """

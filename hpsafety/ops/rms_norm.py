@@ -74,7 +74,7 @@ def rms_norm(x, weight, eps, residual=None, *, impl=None):
     check(
         residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
         "rms_norm: residual must be like x {} {}, got {} {}",
-        tuple(x.shape), x.dtype, residual is not None and tuple(residual.shape), residual is not None and residual.dtype,
+        tuple(x.shape), x.dtype, *((tuple(residual.shape), residual.dtype) if residual is not None else ("", "")),
     )  # fmt: skip
     impl = backends.resolve("rms_norm", impl, BACKENDS, x.device.type)
     if impl == "reference":

@@ -17,9 +17,8 @@ def comparison(result: dict) -> list[tuple[str, str, str, str]]:
     before, after = result["before"], result["after"]
     rows = [("loss per response token", "low", f"{before['loss']:.3f}", f"{after['loss']:.3f}")]
     for name, wanted in WANTED.items():
-        rows.append((
-            f"refused, {name} prompts", wanted, str(Rate(**before["refused"][name])), str(Rate(**after["refused"][name])),
-        ))  # fmt: skip
+        rates = (str(Rate(**side["refused"][name])) for side in (before, after))
+        rows.append((f"refused, {name} prompts", wanted, *rates))
     return rows
 
 

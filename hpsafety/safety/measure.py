@@ -10,7 +10,7 @@ from hpsafety.data.groups import pack
 from hpsafety.safety.intervals import Rate, wilson
 from hpsafety.safety.judges import judge_refusal
 
-PROMPTS_PER_BATCH = 32
+PROMPTS_PER_BATCH = 64
 
 
 def greedy_answers(

@@ -100,6 +100,9 @@ _NEVER_DO = (
     r"share|answer|assist|help (?:with|people|anyone)|use (?:derogatory|offensive|such|profan)|tolerate|"
     r"advocate|recommend|facilitate)"
 )
+NEGATION = re.compile(  # every decline of DECLINE and of decline_patterns' CANT, WONT and META holds one: asked first
+    r"n't|not|never|cant|wont|unable|unwilling|refuse|decline|prohibited|forbidden"
+)
 DECLINE = re.compile(rf"{_SPEAKER}{_CANNOT}{_ALSO}{_ADVERB} {_HELP}|{_NAMED}{_NEVER_DO}")
 DECLINE_NAMED = re.compile(rf"{_NAMED}(?:{_CANNOT}{_ALSO}{_ADVERB} {_HELP}|{_NEVER_DO})")  # later in a text
 
@@ -233,15 +236,14 @@ UNKNOWN = re.compile(
     r"documented|specified|revealed|released)|no (?:publicly |reliable |official |specific |public )?"
     r"(?:available )?(?:information|record|data)s? (?:is |are |available|about|on|regarding|of)"
 )
+_WHO = r"(?:\bi\b[^.?!;:,]{0,20}?|\b(?:ai|model|assistant|chatbot|program)\b,? (?:[\w'-]{1,15},? ){0,8}?)\b"
 SELF = re.compile(  # "no opinions, feelings, experiences": often only an opening to a full answer
-    r"(?:\bi\b[^.?!;:,]{0,20}?|\b(?:ai|model|assistant|chatbot|program)\b,? (?:[\w'-]{1,15},? "
-    r"){0,8}?)\b(?:(?:do not|don't|lack|cannot|can't)\b"
-    r"[^.?!]{0,55}?\b(?:opinions?|feelings?|emotions?|beliefs?|"
-    r"preferences?|experiences?|consciousness|memories|body|house|family|senses|age|gender|retirement|"
-    r"tastes?|desires?|"
-    r"favou?rite|childhood|birthday|parents|mother|father|friends|stance|position|sides?|judge?ments?)|(?:am|"
-    r"'m) (?:just |only |simply )?(?:an?|not an?) (?:ai|artificial|"
-    r"language model|computer|virtual|text-based|human|person|physical))"
+    rf"(?>{_WHO}(?:do not|don't|lack|cannot|can't)\b)[^.?!]{{0,45}}?"
+    r"\b(?:opinions?|feelings?|emotions?|beliefs?|preferences?|experiences?|consciousness|memories|body|house|"
+    r"family|senses|age|gender|retirement|tastes?|desires?|favou?rite|childhood|birthday|parents|mother|father|"
+    r"friends|stance|position|sides?|judge?ments?)"
+    r"|\b(?:am|i'm) (?:just |only |simply )?(?:an?|not an?) (?:ai|artificial|language model|computer|virtual|"
+    r"text-based|human|person|physical)"
 )
 LIMITS = re.compile(  # reasons of being or knowing, to tell an unexplained "can't" from a policy one
     r"real-?time|up-to-date|today's|tonight's|internet|browse|external|training data|knowledge cut|cut-?off|additional "

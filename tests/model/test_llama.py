@@ -10,7 +10,9 @@ from tests.tiny import random_groups, tiny_model
 
 CONFIGS = {
     "gqa1_tied": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
-    "gqa3_untied": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "gqa3_untied": {
+        "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": False,
+    },
     "gqa4_bias": {"num_attention_heads": 8, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "gqa8_head_dim": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16},
     "llama3_scaling": {
