@@ -19,12 +19,13 @@ Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its response
 
 @dataclass(frozen=True)
 class Settings:
-    """One benchmark: model is a Hugging Face directory; tokens_per_batch is the micro-batch budget."""
+    """One benchmark: model is a Hugging Face directory; the micro-batch budgets change speed and memory only."""
 
     model: str
     pairs: int = 256
     batch: int = 32
     tokens_per_batch: int = 2048
+    peer_tokens_per_batch: int = 2048
     precision: str = "fp32"
     threads: int = 2
     lr: float = 1e-5

@@ -56,7 +56,7 @@ def run(settings: Settings) -> Run:
     def step(pairs: list[Pair], lr: float) -> float:
         denominator = sum(len(response) for _, response in pairs)
         total = 0.0
-        for batch in _micro_batches(pairs, settings.tokens_per_batch):
+        for batch in _micro_batches(pairs, settings.peer_tokens_per_batch):
             tokens, predicts, targets = _tensors(batch)
             with torch.autocast("cpu", torch.bfloat16) if low else contextlib.nullcontext():
                 hidden = model.model(tokens, use_cache=False).last_hidden_state

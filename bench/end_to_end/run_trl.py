@@ -50,7 +50,7 @@ def _dataset(all_steps: list[list[Pair]]) -> Dataset:
 
 def _examples_per_micro_batch(settings: Settings, timed: list[Pair]) -> int:
     """TRL counts a micro-batch in examples: the largest divisor of the batch whose mean size is in the budget."""
-    fits = settings.tokens_per_batch * len(timed) // count_tokens(timed)
+    fits = settings.peer_tokens_per_batch * len(timed) // count_tokens(timed)
     return max(n for n in range(1, settings.batch + 1) if settings.batch % n == 0 and n <= max(fits, 1))
 
 

@@ -41,12 +41,14 @@ def print_table(settings: Settings, summary: dict, machine: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"SFT, {settings.pairs} pairs, batch {settings.batch}, {settings.tokens_per_batch} tokens a micro-batch, "
-    table = Table(title=title + f"{settings.precision}, {settings.threads} threads")
-    for column in ("", "tokens/s best", "median", "hpsafety is faster by", "by CPU time", "peak RSS MB"):
-        table.add_column(column, justify="right" if column else "left")
-    for column in ("hpsafety's share", "of GEMM limit", "first-step loss"):
-        table.add_column(column, justify="right")
+    budget, peers = settings.tokens_per_batch, settings.peer_tokens_per_batch
+    title = f"SFT: {settings.pairs} pairs, batch {settings.batch}, {settings.precision}, {settings.threads} threads; "
+    title += f"{budget} tokens a micro-batch" + (f" (peers {peers})" if peers != budget else "")
+    table = Table(title=title)
+    table.add_column("")
+    for column in ("tokens/s\nbest", "\nmedian", "hpsafety is\nfaster by", "by CPU\ntime", "peak RSS\nMB",
+                   "hpsafety\nneeds", "of GEMM\nlimit", "first-step\nloss"):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
     ratio = lambda row, key, form: form.format(row[key]) if key in row else "-"  # noqa: E731
     for name, row in summary["contenders"].items():
         table.add_row(
@@ -55,8 +57,7 @@ def print_table(settings: Settings, summary: dict, machine: dict) -> None:
             f"{row['peak_rss_mb']:.0f}", ratio(row, "hpsafety_memory_ratio", "{:.2f}"),
             f"{100 * row['gemm_fraction']:.0f} %", f"{row['first_step_loss']:.5f}",
         )  # fmt: skip
-    console = Console(soft_wrap=True)
-    console.print(table)
+    Console(width=max(110, Console().width)).print(table, justify="left")
     _print_context(summary, machine)
 
 
