@@ -119,7 +119,7 @@ def _opening(cfg: DemoConfig) -> None:
     print(
         f"hpsafety demo: fine-tunes {MODEL} (135M parameters, already instruction-tuned by its makers) on at most\n"
         f"{cfg.train_tokens:,} tokens of mild, synthetic demonstrations, and asks {3 * cfg.eval_prompts} held-out "
-        f"questions before and after.\nExpect 2 to 6 minutes on two cores, under 4 GB of memory. Output: {cfg.out}/\n",
+        f"questions before and after.\nExpect 2 to 6 minutes on two cores, under 4 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 

@@ -26,6 +26,9 @@ class FakeTokenizer:
 
     encode_plain = encode
 
+    def decode(self, ids, skip_special=True):
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
+
 
 def rows(count=60):
     kinds = ({"is_safety": True}, {"is_borderline": True}, {})

