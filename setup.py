@@ -53,7 +53,15 @@ def extensions() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
     compile_openmp, link_openmp = openmp_flags()
-    common = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-fvisibility=hidden", *compile_openmp]
+    common = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-fno-math-errno",
+        "-Wno-psabi",
+        "-fvisibility=hidden",
+        *compile_openmp,
+    ]
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
     headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.h"))
     out = [CppExtension("hpsafety._C", ["csrc/bindings.cpp"], extra_compile_args=common, depends=headers)]

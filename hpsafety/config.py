@@ -57,7 +57,7 @@ class SFTConfig:
     precision: Precision = option("bf16 only where it is faster when auto", "auto")
     batch: int = option("examples per optimiser step, over all ranks", 64)
     tokens_per_batch: int = option(
-        "tokens per micro-batch and rank; changes memory and speed, not the result", 2048
+        "tokens per micro-batch and rank; changes memory and speed, not the result", 1024
     )
     max_length: int | None = option(
         "tokens; a longer example is dropped and counted; the model's context if absent", None
@@ -108,8 +108,8 @@ class DemoConfig:
     seed: int = option("seed of the data subset and order", 0)
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     precision: Precision = option("bf16 only where it is faster when auto", "auto")
-    batch: int = option("examples per optimiser step", 8)
-    lr: float = option("peak learning rate; a cosine takes it to a tenth", 2e-5)
+    batch: int = option("examples per optimiser step", 4)
+    lr: float = option("peak learning rate; a cosine takes it to a tenth", 1e-4)
     train_tokens: int = option("tokens to train on, at most", 12_000)
     eval_prompts: int = option("held-out prompts asked per set, before and after", 60)
     answer_tokens: int = option("tokens per answer, at most", 40)

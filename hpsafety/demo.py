@@ -145,7 +145,7 @@ def run(cfg: DemoConfig) -> None:
     del model
     sft_config = SFTConfig(
         model=MODEL, data=(str(out / "data" / "train.jsonl"),), out=str(out / "sft"), seed=cfg.seed, lr=cfg.lr,
-        batch=cfg.batch, epochs=1, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
+        batch=cfg.batch, epochs=1, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
         checkpoint_every=0,
     )  # fmt: skip
     sft.run(sft_config)

@@ -218,6 +218,8 @@ def test_ci_runs_the_tests(tmp_path):
         ("test:\n\t@exit 1\n", 2, ""),
     ]:
         (tmp_path / "Makefile").write_text(makefile)
-        env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}  # make runs us
+        env = {
+            k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"
+        }  # make runs us
         done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True, env=env)
         assert (done.returncode, done.stdout) == (code, out), done.stderr

@@ -91,7 +91,10 @@ def test_hundred_steps_match_torch(max_norm, grad_dtype, impl):
     ours = flat(state)
     # Kind by kind over all tensors: a moment of one element may cancel to far below what was rounded on the way.
     for kind in ("params", "exp_avg", "exp_avg_sq"):
-        sides = [torch.cat([x[n].flatten() for n in exact if n.split(".")[0] == kind]) for x in (ours, exact, plain)]
+        sides = [
+            torch.cat([x[n].flatten() for n in exact if n.split(".")[0] == kind])
+            for x in (ours, exact, plain)
+        ]
         check_error(kind, *sides)
 
 
