@@ -94,18 +94,23 @@ def _run(cfg, world) -> None:
     model = load_model(cfg.model)  # fp32: the masters of a bf16 run
     rows, counts = select_rows(list(records), cfg.safety_fraction, cfg.seed, cfg.all_safety)
     context = model.config.max_positions
-    groups, dropped = build_groups(rows, model.tokenizer, min(cfg.max_length or context, context))
+    max_length = min(cfg.max_length or context, context)
+    groups, dropped = build_groups(rows, model.tokenizer, max_length)
+    held = [r for r in records if r.get("split") == "valid"]
+    valid = build_groups(held, model.tokenizer, max_length)[0] if held else []
     counts |= dropped | {str(k): v for k, v in records.counts.items()}
     out.open()
     if world.is_main:
         open_log(out.path / "log.txt")
         say(f"sft: {len(groups)} examples, {count_trained(groups)} trained tokens; {why}")
+        if not valid:
+            log.info("no rows with split valid: early stopping is off")
         for name, number in counts.items():
             log.info("%s: %s", name, number)
     distributed.barrier(world)
     model = distributed.shard(model.to(world.device), world, dtype)
     model.recompute = cfg.recompute
-    done = fit(model, groups, _loss, count_trained, _settings(cfg, dtype), out, world, "sft")
+    done = fit(model, groups, valid, _loss, count_trained, _settings(cfg, dtype), out, world, "sft")
     save(model, out, world)
     out.finish(counts | done)
     if world.is_main:

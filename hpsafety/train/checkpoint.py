@@ -113,6 +113,25 @@ def _flush(folder: Path) -> None:
                 os.fsync(handle.fileno())
 
 
+def save_best(folder: Path, model, world) -> None:
+    """The weights of the best pass so far, in folder/best (a collective call)."""
+    target, temporary = folder / "best", folder / ".best.tmp"
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    distributed.barrier(world)
+    _save_tensors(_weights(model), temporary, world)
+    distributed.barrier(world)
+    if world.is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    distributed.barrier(world)
+
+
+def load_best(folder: Path, model, world) -> None:
+    """Fills model with what save_best wrote (a collective call)."""
+    _load_tensors(_weights(model), folder / "best", world)
+
+
 def load(path: Path, model, optimizer, world) -> dict:
     """Fills model and optimizer from a checkpoint (a collective call); returns the trainer's data.
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from hpsafety.data.batches import epoch_order, step_slices
-from hpsafety.train import checkpoint, distributed
+from hpsafety.train import checkpoint
 from hpsafety.train.metrics import Metrics, Progress, peak_rss_mb
 from hpsafety.train.optim import AdamW, learning_rate
-from hpsafety.train.step import train_step
+from hpsafety.train.step import evaluate, train_step
 
 log = logging.getLogger("hpsafety")
 
@@ -71,17 +71,13 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def fit(
-    model,
-    groups: list,
-    loss: Callable,
-    count: Callable[[list], float],
-    settings: FitSettings,
-    run,
-    world,
-    title: str,
-) -> dict:
+    model, groups: list, valid: list, loss: Callable, count: Callable[[list], float], settings: FitSettings, run,
+    world, title: str,
+) -> dict:  # fmt: skip
     """Trains `model` on `groups` and returns counts for the manifest.
 
+    valid  held-out groups: their loss is taken after each pass, training stops at the first pass that raises it, and
+           the model ends with the best pass's weights; empty for no early stopping
     loss   loss(model, batch, denominator) -> scalar
     count  the loss denominator of a list of groups (trained tokens, pairs ...)
     run    RunDir, open; the run goes on from run.resume_step
@@ -91,7 +87,7 @@ def fit(
         model, settings.dtype, settings.betas, settings.eps, settings.weight_decay, settings.clip
     )
     steps = plan_steps(len(groups), settings)
-    totals = {"tokens": 0, "tokens_equiv": 0, "elapsed_s": 0.0, "skipped": 0}
+    totals = {"tokens": 0, "tokens_equiv": 0, "elapsed_s": 0.0, "skipped": 0, "best": None, "over": False}
     if run.resume_step:
         totals |= checkpoint.load(run.checkpoints / f"step-{run.resume_step}", model, optimizer, world)
         log.info("resumed from step %d", run.resume_step)
@@ -101,48 +97,70 @@ def fit(
     try:
         with stop_signals() as caught:
             for t in range(run.resume_step, len(steps)):
+                if totals["over"]:
+                    break
                 order = epoch_order(len(groups), steps[t][0], settings.seed)
                 chosen = [groups[i] for i in np.asarray(order)[steps[t][1]]]
                 started = time.perf_counter()
                 lr = learning_rate(t, len(steps), settings.lr, settings.warmup)
                 result = train_step(
-                    model,
-                    chosen,
-                    loss,
-                    count(chosen),
-                    optimizer,
-                    lr,
-                    settings.tokens_per_batch,
-                    world,
+                    model, chosen, loss, count(chosen), optimizer, lr, settings.tokens_per_batch, world,
                     lambda: bool(caught),
-                )
-                totals = _after_step(totals, result, lr, started, metrics, progress, world)
+                )  # fmt: skip
+                seconds = time.perf_counter() - started
                 last = t + 1 == len(steps)
-                every = settings.checkpoint_every
-                if result.stop or (every and ((t + 1) % every == 0 or last)):
-                    checkpoint.save(run.checkpoints, t + 1, model, optimizer, totals, world)
-                if result.stop and not last:
-                    log.info("stopped at step %d after a signal; the same command goes on from there", t + 1)
-                    raise Interrupted(f"stopped at step {t + 1}; the same command goes on from there")
+                pass_ends = last or steps[t + 1][0] != steps[t][0]
+                measured = (
+                    _validate(model, valid, loss, count, settings, totals, run, world)
+                    if valid and pass_ends
+                    else {}
+                )
+                totals = _after_step(totals | measured, result, lr, seconds, metrics, progress, world)
+                _checkpoint(totals, result.stop, last, settings, run, model, optimizer, world)
     finally:
         if world.is_main:
             metrics.close()
             progress.close()
-    return {"steps": len(steps), "groups": len(groups)} | {
-        k: totals[k] for k in ("tokens", "tokens_equiv", "skipped")
-    }
+    if totals["best"] is not None and totals["over"]:
+        checkpoint.load_best(run.checkpoints, model, world)
+    done = {k: totals[k] for k in ("tokens", "tokens_equiv", "skipped")}
+    return {"steps": totals["step"], "groups": len(groups), "best_valid_loss": totals["best"]} | done
 
 
-def _after_step(totals, result, lr, started, metrics, progress, world) -> dict:
+def _validate(model, valid, loss, count, settings, totals, run, world) -> dict:
+    """What the end of a pass adds to the totals: valid_loss, the best one, and whether training is over."""
+    value = evaluate(model, valid, loss, count(valid), settings.tokens_per_batch, world)
+    best = totals["best"]
+    if best is not None and value >= best:
+        log.info("stopping early: the held-out loss rose to %.4f from its best, %.4f", value, best)
+        return {"valid_loss": value, "over": True}
+    checkpoint.save_best(run.checkpoints, model, world)
+    return {"valid_loss": value, "best": value}
+
+
+def _checkpoint(totals, stop, last, settings, run, model, optimizer, world) -> None:
+    """Saves where it is due; raises Interrupted after a signal."""
+    step, every = totals["step"], settings.checkpoint_every
+    ends = last or totals["over"]
+    if stop or (every and (step % every == 0 or ends)):
+        checkpoint.save(run.checkpoints, step, model, optimizer, totals, world)
+    if stop and not ends:
+        log.info("stopped at step %d after a signal; the same command goes on from there", step)
+        raise Interrupted(f"stopped at step {step}; the same command goes on from there")
+
+
+def _after_step(totals, result, lr, seconds, metrics, progress, world) -> dict:
     """Counters after a step; metrics and progress are written on rank 0."""
-    seconds = time.perf_counter() - started
     finite = math.isfinite(result.grad_norm)
+    valid = {"valid_loss": totals["valid_loss"]} if "valid_loss" in totals else {}
     new = {
         "step": totals["step"] + 1,
         "tokens": totals["tokens"] + result.tokens,
         "tokens_equiv": totals["tokens_equiv"] + result.tokens_equiv,
         "elapsed_s": totals["elapsed_s"] + seconds,
         "skipped": 0 if finite else totals["skipped"] + 1,
+        "best": totals["best"],
+        "over": totals["over"],
     }
     for rank, groups in enumerate(result.groups_per_rank):
         log.info("rank %d: %d groups", rank, groups)
@@ -155,12 +173,7 @@ def _after_step(totals, result, lr, started, metrics, progress, world) -> dict:
         metrics.write({
             "step": new["step"], "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm,
             "tokens": new["tokens"], "tokens_equiv": new["tokens_equiv"], "tokens_per_s": round(rate, 3),
-            "elapsed_s": round(new["elapsed_s"], 3), "peak_rss_mb": peak_rss_mb(),
+            "elapsed_s": round(new["elapsed_s"], 3), "peak_rss_mb": peak_rss_mb(), **valid,
         })  # fmt: skip
         progress.update(new["step"], f"loss {result.loss:.4f}  {rate:.0f} tokens/s")
     return new
-
-
-def wait(world) -> None:
-    """All ranks meet here (before rank 0's files are read by others)."""
-    distributed.barrier(world)

@@ -1,12 +1,12 @@
 """One optimiser step: micro-batches of whole groups, one global loss denominator, one update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from hpsafety.data.batches import balance, micro_batches, predicted_flops
-from hpsafety.data.groups import PromptGroup, pack
+from hpsafety.data.groups import Batch, PromptGroup, pack
 from hpsafety.train import distributed
 
 
@@ -32,6 +32,27 @@ def _assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
     return [[groups[i] for i in part] for part in balance(costs, world.size)]
 
 
+def _local_batches(parts: list[list[PromptGroup]], tokens_per_batch: int, world) -> Iterator[Batch]:
+    """This rank's micro-batches; empty ones at the end where another rank has more, since sharded parameters are
+    gathered by all ranks together."""
+    splits = [micro_batches(part, tokens_per_batch) for part in parts]
+    mine, split = parts[world.rank], splits[world.rank]
+    for i in range(max(map(len, splits))):
+        indices = split[i] if i < len(split) else []
+        yield pack([mine[j] for j in indices]).to(world.device)
+
+
+@torch.no_grad()
+def evaluate(
+    model, groups: list[PromptGroup], loss: Callable, denominator: float, tokens_per_batch: int, world
+) -> float:
+    """The loss of `groups` under one global denominator, without gradients; the same on every rank."""
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for batch in _local_batches(_assign(model, groups, world), tokens_per_batch, world):
+        total += loss(model, batch, denominator)
+    return float(distributed.all_sum(total, world))
+
+
 def train_step(
     model, groups: list[PromptGroup], loss: Callable, denominator: float, optimizer, lr: float,
     tokens_per_batch: int, world, stop: Callable[[], bool] = lambda: False,
@@ -44,16 +65,10 @@ def train_step(
     The micro-batch split and the number of ranks change the result by rounding only.
     """
     parts = _assign(model, groups, world)
-    splits = [micro_batches(part, tokens_per_batch) for part in parts]
-    mine = parts[world.rank]
-    # Every rank runs as many micro-batches as the longest one: sharded parameters are gathered by all together.
-    rounds = max(map(len, splits))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = tokens_equiv = 0
     optimizer.zero_grad()
-    for i in range(rounds):
-        indices = splits[world.rank][i] if i < len(splits[world.rank]) else []
-        batch = pack([mine[j] for j in indices]).to(world.device)
+    for batch in _local_batches(parts, tokens_per_batch, world):
         value = loss(model, batch, denominator)
         value.backward()
         total += value.detach()

@@ -181,6 +181,28 @@ def test_held_out_rows_never_train():
         sft.select_rows([*rows, {"prompt": " A ", "response": "r", "split": "test_safety"}], 1.0, 0, False)
 
 
+def test_early_stopping_keeps_the_best_pass(model_dir, data_file, tmp_path):
+    """Rows with split valid never train; training stops when their loss rises, with the best pass's weights."""
+    lines = Path(data_file).read_text().splitlines()
+    wrong = [
+        {"prompt": f"question {i} please?", "response": "zzz zz z."} | {"split": "valid"}
+        for i in range(30, 36)
+    ]
+    Path(data_file).write_text("\n".join([*lines, *map(json.dumps, wrong)]) + "\n")
+    out = tmp_path / "run"
+    sft.run(config(model_dir, data_file, out, epochs=8, lr=3e-3))
+    rows = metrics(out)
+    values = [r["valid_loss"] for r in rows if "valid_loss" in r]
+    assert 2 <= len(values) < 8 and values[-1] > min(values) == values[-2]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["counts"]["held_out"] == 6 and manifest["counts"]["steps"] == len(rows) == 6 * len(values)
+    trained = load_model(str(out / "model"))
+    groups, _ = sft.build_groups(wrong, trained.tokenizer, 128)
+    from hpsafety.safety.measure import loss_per_token
+
+    assert loss_per_token(trained, groups, 1000) == pytest.approx(min(values), rel=1e-5)
+
+
 SCRIPT = """
 import sys, json, os, signal
 from hpsafety.config import SFTConfig
