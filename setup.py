@@ -58,6 +58,7 @@ def extensions() -> list[Extension]:
         "-g0",
         "-std=c++20",
         "-fno-math-errno",
+        "-ffp-contract=off",  # a multiply-add is fused only where the source says so: the same bits on every CPU
         "-Wno-psabi",
         "-fvisibility=hidden",
         *compile_openmp,

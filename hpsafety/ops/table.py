@@ -8,10 +8,14 @@ from hpsafety.ops import backends
 
 # op -> the module of hpsafety.ops that holds it
 OPS = {
-    "attention": "attention", "linear_logprob": "linear_logprob",
-    "linear_cross_entropy": "linear_cross_entropy", "rms_norm": "rms_norm", "rope": "rope", "swiglu": "swiglu",
+    "attention": "attention",
+    "linear_logprob": "linear_logprob",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "rms_norm": "rms_norm",
+    "rope": "rope",
+    "swiglu": "swiglu",
     "adamw_": "adamw",
-}  # fmt: skip
+}
 
 
 def table() -> list[dict]:
