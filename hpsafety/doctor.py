@@ -144,7 +144,25 @@ def kernels(advice: list[str]) -> list[tuple[str, str]]:
     for row in ops.table():
         served.setdefault(row["op"], []).extend([row["backend"]] if row["available"] else [])
     rows += [(op, ", ".join(names) or "nothing") for op, names in served.items()]
+    rows.append(("optional", optional_packages(advice)))
     return rows
+
+
+def optional_packages(advice: list[str]) -> str:
+    """What the optional kernel packages would bring here, and the command."""
+    import torch
+
+    from hpsafety.ops import apex_backend, flash_attn_backend
+
+    if not torch.cuda.is_available():
+        return "flash-attn, apex: not for CPUs"
+    served = []
+    for backend, ops in ((flash_attn_backend, ("attention",)), (apex_backend, ("adamw_", "rms_norm"))):
+        reasons = [backend.missing(op) for op in ops]
+        served += [f"{op}: {backend.PACKAGE}" for op, why in zip(ops, reasons, strict=True) if why is None]
+        # Both ops of a package mostly fail for one reason.
+        advice += [f"optional, {backend.BRINGS}: {why}" for why in dict.fromkeys(filter(None, reasons))]
+    return ", ".join(served) or "none"
 
 
 def run() -> None:

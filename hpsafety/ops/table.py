@@ -27,7 +27,7 @@ def table() -> list[dict]:
         serving = backends.resolve(op, None, have, device)
         for impl in backends.IMPLS:
             reason = backends.unavailable(op, impl, have, device)
-            why = reason.split(": ", 1)[-1] if reason else "available when forced"
+            why = reason.removeprefix(f"{op}: ") if reason else "available when forced"
             if impl == serving:
                 why = f"serves on {device}"
             elif impl == "reference":

@@ -96,7 +96,7 @@ def test_bad_arguments(change, message):
 
 
 def test_forced_backend_that_is_missing():
-    with pytest.raises(ops.BackendUnavailable, match="has no apex backend"):
-        ops.rms_norm(torch.zeros(1, 8), torch.zeros(8), 1e-5, impl="apex")
+    with pytest.raises(ops.BackendUnavailable, match="has no flash_attn backend"):
+        ops.rms_norm(torch.zeros(1, 8), torch.zeros(8), 1e-5, impl="flash_attn")
     with pytest.raises(ValueError, match="unknown impl"):
         ops.rms_norm(torch.zeros(1, 8), torch.zeros(8), 1e-5, impl="fast")
