@@ -6,7 +6,6 @@ that hold the kernels are asked for by their own names.
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import math
 from pathlib import Path
