@@ -12,7 +12,7 @@ namespace {
 
 using Doubles = at::vec::Vectorized<double>;
 constexpr int64_t kWindow = Doubles::size();
-constexpr int64_t kChunk = 512;            // tokens of one response in one go
+constexpr int64_t kChunk = 1024;           // tokens of one response in one go
 constexpr int64_t kTokensPerThread = 1 << 14;
 
 // In place, for i from m - 1 down to 0: a[i] += c a[i+1], where m is a multiple of kWindow and a[m..m+kWindow) is zero.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -43,26 +44,36 @@ class Stream {
 
 // A sum of fp32 vectors in double; lanes are added up in order.
 class DoubleSum {
-  double lanes_[kLanes] = {};
+  using Doubles = at::vec::Vectorized<double>;
+  static constexpr int64_t kHalf = Doubles::size();
+  static_assert(2 * kHalf == kLanes);
+  Doubles low_{0.}, high_{0.};
 
  public:
   void add(Vec v) {
     float x[kLanes];
+    double wide[kLanes];
     v.store(x);
-    for (int64_t i = 0; i < kLanes; ++i) lanes_[i] += x[i];
+    for (int64_t i = 0; i < kLanes; ++i) wide[i] = x[i];
+    low_ = low_ + Doubles::loadu(wide);
+    high_ = high_ + Doubles::loadu(wide + kHalf);
   }
   double total() const {
-    double sum = 0;
-    for (double lane : lanes_) sum += lane;
+    double lanes[kLanes], sum = 0;
+    low_.store(lanes);
+    high_.store(lanes + kHalf);
+    for (double lane : lanes) sum += lane;
     return sum;
   }
 };
 
 // All bits set in the first `lanes` lanes for which bytes is not 0.
 inline Vec lane_mask(const bool* bytes, int64_t lanes) {
-  float flags[kLanes] = {};
-  for (int64_t i = 0; i < lanes; ++i) flags[i] = bytes[i] ? 1.f : 0.f;
-  return Vec::loadu(flags) != Vec(0.f);
+  uint8_t tail[kLanes] = {};
+  int32_t flags[kLanes];
+  std::memcpy(tail, bytes, lanes);
+  for (int64_t i = 0; i < kLanes; ++i) flags[i] = -static_cast<int32_t>(tail[i] != 0);
+  return Vec::loadu(flags);
 }
 inline Vec zero_past(Vec v, int64_t lanes) { return lanes == kLanes ? v : Vec::set(Vec(0.f), v, lanes); }
 inline Vec where(Vec condition, Vec yes, Vec no) { return Vec::blendv(no, yes, condition); }

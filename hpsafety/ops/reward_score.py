@@ -38,11 +38,12 @@ def _check_model(kind, hidden, head, norm, impl):
         hidden.dtype in allowed, "reward_score: hidden_{} must be float32 or bfloat16, got {}", kind, hidden.dtype
     )  # fmt: skip
     for name, weight in (("head", head), ("norm", norm)):
+        if weight is None:
+            continue
         check(
-            weight is None or (weight.shape == hidden.shape[1:] and weight.dtype == hidden.dtype
-                               and weight.device == hidden.device),
-            "reward_score: {}_{} must be ({},) {} on {}, got {}", name, kind, hidden.shape[1], hidden.dtype,
-            hidden.device, "" if weight is None else f"{tuple(weight.shape)} {weight.dtype} on {weight.device}",
+            weight.shape == hidden.shape[1:] and weight.dtype == hidden.dtype and weight.device == hidden.device,
+            "reward_score: {}_{} must be ({},) {} on {}, got {} {} on {}", name, kind, hidden.shape[1], hidden.dtype,
+            hidden.device, tuple(weight.shape), weight.dtype, weight.device,
         )  # fmt: skip
 
 

@@ -17,20 +17,20 @@ def values_readable(tensor) -> bool:
 
 def check_rows(op: str, rows: dict, impl: str | None, dtypes=(torch.float32, torch.bfloat16)) -> None:
     """All rows (N,) of one length and device, each of one of the dtypes; fp64 too where the reference serves."""
-    first = next(iter(rows.values()))
+    first_name, first = next(iter(rows.items()))
+    shape, device = first.shape, first.device
     dtypes = (*dtypes, torch.float64) if impl == "reference" and torch.float32 in dtypes else dtypes
     for name, row in rows.items():
-        check(
-            isinstance(row, torch.Tensor) and row.dim() == 1 and row.shape == first.shape
-            and row.dtype in dtypes and row.device == first.device,
-            "{}: {} must be (N,) {} on {}, N as in {}; got {}",
-            op, name, " or ".join(str(d).removeprefix("torch.") for d in dtypes), first.device, next(iter(rows)),
-            _describe(row),
-        )  # fmt: skip
+        if row.dim() == 1 and row.shape == shape and row.dtype in dtypes and row.device == device:
+            continue
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{op}: {name} must be (N,) {wanted} on {device}, N as in {first_name}; got {describe(row)}"
+        )
 
 
-def _describe(x) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else repr(x)
+def describe(x: torch.Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def denominator(op: str, name: str, value, device) -> tuple[float | None, torch.Tensor | None]:
@@ -40,7 +40,7 @@ def denominator(op: str, name: str, value, device) -> tuple[float | None, torch.
     if isinstance(value, torch.Tensor):
         check(
             value.dim() == 0 and value.device == device and not value.is_complex(),
-            "{}: {} must be a number or a 0-dim tensor on {}, got {}", op, name, device, _describe(value),
+            "{}: {} must be a number or a 0-dim tensor on {}, got {}", op, name, device, describe(value),
         )  # fmt: skip
         if values_readable(value):
             check(value.item() >= 0, "{}: {} must be >= 0, got {}", op, name, value.item())
@@ -54,7 +54,7 @@ def check_offsets(op: str, name: str, offsets, end: int, device) -> None:
     check(
         offsets.dim() == 1 and offsets.numel() > 0 and offsets.dtype in (torch.int32, torch.int64)
         and offsets.device == device,
-        "{}: {} must be (count + 1,) int32 on {}, got {}", op, name, device, _describe(offsets),
+        "{}: {} must be (count + 1,) int32 on {}, got {}", op, name, device, describe(offsets),
     )  # fmt: skip
     if not values_readable(offsets):
         return

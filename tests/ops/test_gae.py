@@ -63,13 +63,17 @@ def test_random_sweep(seed):
     lengths = torch.randint(1, top, (int(torch.randint(1, 30, (), generator=g)),), generator=g).tolist()
     gamma, lam = torch.rand(2, generator=g).tolist()
     args = make_inputs(lengths, torch.bfloat16 if seed % 4 == 0 else torch.float32, seed)
-    assert_rounded(ops.gae(**args, gamma=gamma, lam=lam, impl="cpu")[0], sequential(**args, gamma=gamma, lam=lam))
+    assert_rounded(
+        ops.gae(**args, gamma=gamma, lam=lam, impl="cpu")[0], sequential(**args, gamma=gamma, lam=lam)
+    )
 
 
 @pytest.mark.parametrize("gamma, lam", [(0.0, 0.5), (1.0, 0.0), (0.0, 0.0)])
 def test_borders_of_the_discounts(gamma, lam):
     args = make_inputs([5, 40])
-    assert_rounded(ops.gae(**args, gamma=gamma, lam=lam, impl="cpu")[0], sequential(**args, gamma=gamma, lam=lam))
+    assert_rounded(
+        ops.gae(**args, gamma=gamma, lam=lam, impl="cpu")[0], sequential(**args, gamma=gamma, lam=lam)
+    )
     if gamma == 0:
         assert torch.equal(ops.gae(**args, gamma=gamma, lam=lam)[0], args["rewards"] - args["values"])
 
@@ -100,7 +104,10 @@ def test_a_response_does_not_depend_on_its_batch():
     cu = args["cu_responses"].tolist()
     for start, end in itertools.pairwise(cu):
         alone = ops.gae(
-            args["rewards"][start:end], args["values"][start:end], torch.tensor([0, end - start]).int(), impl="cpu"
+            args["rewards"][start:end],
+            args["values"][start:end],
+            torch.tensor([0, end - start]).int(),
+            impl="cpu",
         )
         assert all(torch.equal(one, both[start:end]) for one, both in zip(alone, whole, strict=True))
 

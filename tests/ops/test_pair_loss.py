@@ -18,7 +18,10 @@ def make_inputs(p, dtype=torch.float32, seed=0, bins=True, scale=2.0):
     args = {k: torch.randn(p, generator=g).mul(scale).to(dtype) for k in GRADS}
     args["margin"] = torch.randint(0, 4, (p,), generator=g).to(dtype)
     if bins:
-        args |= {k: torch.randint(-1, 2, (p,), generator=g).to(torch.int8) for k in ("safe_chosen", "safe_rejected")}
+        args |= {
+            k: torch.randint(-1, 2, (p,), generator=g).to(torch.int8)
+            for k in ("safe_chosen", "safe_rejected")
+        }
     return args
 
 
@@ -36,7 +39,9 @@ def gradients(c, r, *args, **kwargs):
 @pytest.mark.parametrize("p", [0, 1, 7, 15, 16, 17, 512, 4095, 4096, 4097])
 def test_matches_oracle(dtype, bins, p):
     """KER-2: value and gradients against fp64 over odd sizes and block borders."""
-    out = check_against_oracle("pair_loss", ops.pair_loss, make_inputs(p, dtype, bins=bins), aux_weight=float(bins))
+    out = check_against_oracle(
+        "pair_loss", ops.pair_loss, make_inputs(p, dtype, bins=bins), aux_weight=float(bins)
+    )
     assert out["out0"].dtype == torch.float32 and out["out0"].dim() == 0
     assert {k for k in out if k.startswith("grad")} == {"grad_chosen", "grad_rejected"}
 
@@ -45,7 +50,9 @@ def test_matches_oracle(dtype, bins, p):
 def test_random_sweep(seed):
     g = torch.Generator().manual_seed(100 + seed)
     p = int(torch.randint(0, 700, (), generator=g))
-    args = make_inputs(p, torch.bfloat16 if seed % 3 == 0 else torch.float32, seed, scale=float(10 ** (seed % 4 - 1)))
+    args = make_inputs(
+        p, torch.bfloat16 if seed % 3 == 0 else torch.float32, seed, scale=float(10 ** (seed % 4 - 1))
+    )
     if seed % 4 == 0:
         args["margin"] = 1 / 3
     if seed % 5 == 0:
@@ -103,7 +110,11 @@ def test_without_weight_the_bins_change_no_bit(impl):
     plain = run_with_grads(ops.pair_loss, pure, grads=GRADS, impl=impl)
     unweighted = run_with_grads(ops.pair_loss, args, grads=GRADS, impl=impl, aux_weight=0.0)
     unbinned = run_with_grads(
-        ops.pair_loss, pure | {"safe_chosen": none, "safe_rejected": none}, grads=GRADS, impl=impl, aux_weight=1.0
+        ops.pair_loss,
+        pure | {"safe_chosen": none, "safe_rejected": none},
+        grads=GRADS,
+        impl=impl,
+        aux_weight=1.0,
     )
     for key in plain:
         assert torch.equal(plain[key], unweighted[key]) and torch.equal(plain[key], unbinned[key])
@@ -128,7 +139,11 @@ def test_micro_batches_add_up(kind):
 
 def test_no_pairs():
     args = make_inputs(4)
-    for changed, num_pairs in [({k: v[:0] for k, v in args.items()}, None), (args, 0), (args, torch.tensor(0))]:
+    for changed, num_pairs in [
+        ({k: v[:0] for k, v in args.items()}, None),
+        (args, 0),
+        (args, torch.tensor(0)),
+    ]:
         out = run(changed, aux_weight=1.0, num_pairs=num_pairs)
         assert all(not v.any() for v in out.values())
 
@@ -139,7 +154,9 @@ def test_not_finite():
     zero = torch.zeros(1)
     for gap, loss, slope in [(inf, 0.0, 0.0), (-inf, inf, -1.0), (nan, nan, nan)]:
         c = torch.tensor([gap])
-        torch.testing.assert_close(ops.pair_loss(c, zero, 0.0, impl="cpu"), torch.tensor(loss), equal_nan=True)
+        torch.testing.assert_close(
+            ops.pair_loss(c, zero, 0.0, impl="cpu"), torch.tensor(loss), equal_nan=True
+        )
         torch.testing.assert_close(gradients(c, zero, 0.0)[0], torch.tensor([slope]), equal_nan=True)
 
 
@@ -224,7 +241,10 @@ def test_backends_are_told_apart():
         ({"margin": float("nan")}, "margin must be finite"),
         ({"safe_chosen": torch.zeros(3)}, r"safe_chosen must be \(3,\) int8"),
         ({"safe_rejected": torch.zeros(2, dtype=torch.int8)}, "safe_rejected must be"),
-        ({"safe_rejected": torch.tensor([0, 2, -1], dtype=torch.int8)}, "safe_rejected must hold .* from -1 to 2"),
+        (
+            {"safe_rejected": torch.tensor([0, 2, -1], dtype=torch.int8)},
+            "safe_rejected must hold .* from -1 to 2",
+        ),
         ({"aux_weight": -1.0}, "aux_weight must be"),
         ({"num_pairs": -1}, "num_pairs must be"),
         ({"num_pairs": torch.ones(2)}, "num_pairs must be"),

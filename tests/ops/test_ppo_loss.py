@@ -48,9 +48,16 @@ def test_random_sweep(seed):
     g = torch.Generator().manual_seed(100 + seed)
     n = int(torch.randint(0, 9000, (), generator=g))
     unit = torch.rand(6, generator=g).tolist()
-    args = make_inputs(n, torch.bfloat16 if seed % 3 == 0 else torch.float32, seed, spread=unit[0], masked=unit[1])
+    args = make_inputs(
+        n, torch.bfloat16 if seed % 3 == 0 else torch.float32, seed, spread=unit[0], masked=unit[1]
+    )
     args["values"] = args["values"].float()  # a mix of storage types
-    settings = {"clip_ratio": unit[2] / 2, "value_clip": unit[3], "value_coef": unit[4], "entropy_coef": unit[5]}
+    settings = {
+        "clip_ratio": unit[2] / 2,
+        "value_clip": unit[3],
+        "value_coef": unit[4],
+        "entropy_coef": unit[5],
+    }
     num_tokens = (None, 3.0 * n + 1, torch.tensor(2 * n + 5))[seed % 3]
     check_against_oracle("ppo_loss", ops.ppo_loss, args, num_tokens=num_tokens, **settings)
 
@@ -100,7 +107,11 @@ def test_policy_kink(impl, advantage, side):
 )
 def test_value_kink(impl, value, old, target, expected):
     """value_clip 0.25, gradient v - R where the unclipped error is chosen."""
-    v, zeros, mask = torch.tensor([value], requires_grad=True), torch.zeros(1), torch.ones(1, dtype=torch.bool)
+    v, zeros, mask = (
+        torch.tensor([value], requires_grad=True),
+        torch.zeros(1),
+        torch.ones(1, dtype=torch.bool),
+    )
     args = (zeros, zeros, zeros, v, torch.tensor([old]), torch.tensor([target]), mask)
     ops.ppo_loss(*args, value_clip=0.25, value_coef=1.0, impl=impl).loss.backward()
     assert float(v.grad) == expected
@@ -183,15 +194,15 @@ def test_overflowing_ratio(impl):
     zeros = torch.zeros(1)
     for advantage, loss, gradient in [(1.0, -1.2, 0.0), (0.0, 0.0, 0.0), (-1.0, torch.inf, torch.inf)]:
         logprob = torch.full((1,), 200.0, requires_grad=True)
-        out = ops.ppo_loss(
-            logprob, zeros, torch.tensor([advantage]), zeros, zeros, zeros, mask, impl=impl
-        )
+        out = ops.ppo_loss(logprob, zeros, torch.tensor([advantage]), zeros, zeros, zeros, mask, impl=impl)
         out.loss.backward()
         assert out.loss.item() == pytest.approx(loss) and float(logprob.grad) == gradient
         assert float(out.ratio_max) == torch.inf
 
 
-@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "advantages", "values", "old_values", "returns"])
+@pytest.mark.parametrize(
+    "name", ["logprobs", "old_logprobs", "advantages", "values", "old_values", "returns"]
+)
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_nan_propagates(name, impl):
     args = make_inputs(40, masked=0.0)
@@ -332,7 +343,11 @@ def test_bad_arguments(change, message):
 
 def test_kernel_refuses_rows_of_other_lengths():
     args = make_inputs(5)
-    for name, bad in [("values", torch.zeros(4)), ("mask", torch.ones(4, dtype=torch.bool)), ("mask", torch.ones(5))]:
+    for name, bad in [
+        ("values", torch.zeros(4)),
+        ("mask", torch.ones(4, dtype=torch.bool)),
+        ("mask", torch.ones(5)),
+    ]:
         with pytest.raises(ValueError, match=f"{name} must be"):
             torch.ops.hpsafety.ppo_loss(*op_arguments(args | {name: bad}, None, None))
 
@@ -351,4 +366,6 @@ def test_error_check_would_see_a_lost_token():
     exact = reference.ppo_loss(**{k: v if k == "mask" else v.double() for k, v in args.items()})
     lost = args | {"mask": args["mask"].clone().index_fill_(0, torch.tensor([5]), False)}
     with pytest.raises(AssertionError, match="max error"):
-        check_error("loss", ops.ppo_loss(**lost, num_tokens=300).loss, exact.loss, reference.ppo_loss(**args).loss)
+        check_error(
+            "loss", ops.ppo_loss(**lost, num_tokens=300).loss, exact.loss, reference.ppo_loss(**args).loss
+        )

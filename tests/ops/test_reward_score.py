@@ -27,7 +27,10 @@ def make_inputs(lengths, d1=33, d2=20, t=50, dtype=torch.float32, seed=0, norms=
     args["is_safety"] = torch.rand(r, generator=g) < 0.3
     args["cu_groups"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     if norms:
-        args |= {"norm_safety": normal(d1, scale=0.1, mean=1.0), "norm_helpful": normal(d2, scale=0.1, mean=1.0)}
+        args |= {
+            "norm_safety": normal(d1, scale=0.1, mean=1.0),
+            "norm_helpful": normal(d2, scale=0.1, mean=1.0),
+        }
     return args
 
 
@@ -61,7 +64,14 @@ def check_against_reference(args, **kwargs):
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize(
     "lengths, d1, d2",
-    [([], 8, 8), ([1], 1, 2), ([2, 3], 15, 16), ([64, 1, 8], 17, 63), ([8] * 20, 64, 65), ([4] * 9, 576, 4097)],
+    [
+        ([], 8, 8),
+        ([1], 1, 2),
+        ([2, 3], 15, 16),
+        ([64, 1, 8], 17, 63),
+        ([8] * 20, 64, 65),
+        ([4] * 9, 576, 4097),
+    ],
 )
 def test_matches_oracle(dtype, norms, lengths, d1, d2):
     """KER-2: logits, route, whitening and best of each group against fp64; K from 1 to 64."""
@@ -98,11 +108,17 @@ def test_route(impl):
 def test_threshold_to_the_last_bit(impl):
     """PPO-1: whichever way the logit of 0.15 is made in fp32 it passes; the next smaller fp32 number does not."""
     exact = torch.tensor(math.log(0.15 / 0.85), dtype=torch.float64).float()
-    made = [exact, torch.logit(torch.tensor(0.15)), torch.logit(torch.tensor(0.15, dtype=torch.float64)).float()]
+    made = [
+        exact,
+        torch.logit(torch.tensor(0.15)),
+        torch.logit(torch.tensor(0.15, dtype=torch.float64)).float(),
+    ]
     below = torch.nextafter(exact, torch.tensor(-9.0))
     out = ops.reward_score(**from_logits(torch.stack((*made, below))), impl=impl)
     assert out.combined.tolist() == [5.0, 5.0, 5.0, float(below)]
-    border = [ops.reward_score(**from_logits([x]), threshold=0.5, impl=impl).combined.item() for x in (0.0, -1e-6)]
+    border = [
+        ops.reward_score(**from_logits([x]), threshold=0.5, impl=impl).combined.item() for x in (0.0, -1e-6)
+    ]
     assert border == [5.0, pytest.approx(-1e-6)]
 
 
@@ -156,7 +172,9 @@ def test_nan_scores(impl):
     torch.testing.assert_close(out.combined, expected, equal_nan=True)
     assert out.whitened.isnan().all() and out.best_of_group.tolist() == [1, 2, 5, 6]
     tagged = from_logits([1.0, 2.0], [nan, nan], tagged=[True, True])
-    assert ops.reward_score(**tagged, impl=impl).combined.tolist() == [1.0, 2.0], "the other score is not read"
+    assert ops.reward_score(**tagged, impl=impl).combined.tolist() == [1.0, 2.0], (
+        "the other score is not read"
+    )
 
 
 def test_rows_that_nobody_reads_may_hold_anything():
@@ -217,7 +235,9 @@ def test_non_contiguous_and_int32_rows():
     turned = args | {"hidden_helpful": args["hidden_helpful"].t().contiguous().t()}
     narrow = args | {"last_rows": args["last_rows"].int(), "cu_groups": args["cu_groups"].long()}
     for changed in (apart, padded, turned, narrow):
-        assert all(torch.equal(a, b) for a, b in zip(ops.reward_score(**changed, impl="cpu"), plain, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(ops.reward_score(**changed, impl="cpu"), plain, strict=True)
+        )
 
 
 def test_more_responses_than_65535():
@@ -278,7 +298,10 @@ def test_backends_are_told_apart():
     "change, message",
     [
         ({"hidden_safety": torch.zeros(5)}, "hidden_safety must be"),
-        ({"hidden_safety": torch.zeros(5, 3, dtype=torch.float64)}, "hidden_safety must be float32 or bfloat16"),
+        (
+            {"hidden_safety": torch.zeros(5, 3, dtype=torch.float64)},
+            "hidden_safety must be float32 or bfloat16",
+        ),
         ({"hidden_helpful": torch.zeros(4, 2)}, "hidden_helpful must have hidden_safety's 5 rows"),
         ({"head_safety": torch.zeros(2)}, r"head_safety must be \(3,\)"),
         ({"head_helpful": torch.zeros(2, dtype=torch.bfloat16)}, "head_helpful must be"),
@@ -328,7 +351,10 @@ def test_rows_past_two_to_the_31(stride, far_hidden):
     rows = torch.tensor([0, 2, hidden.shape[0] - 3, hidden.shape[0] - 1])
     near = torch.randn(4, stride, generator=torch.Generator().manual_seed(1))
     hidden[rows] = near
-    head, tags = torch.randn(stride, generator=torch.Generator().manual_seed(2)), torch.ones(4, dtype=torch.bool)
+    head, tags = (
+        torch.randn(stride, generator=torch.Generator().manual_seed(2)),
+        torch.ones(4, dtype=torch.bool),
+    )
     cu = torch.tensor([0, 4], dtype=torch.int32)
     far = ops.reward_score(hidden, hidden, rows, head, head, tags, cu, impl="cpu")
     here = ops.reward_score(near, near, torch.arange(4), head, head, tags, cu, impl="cpu")
