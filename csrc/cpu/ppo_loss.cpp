@@ -1,5 +1,5 @@
 // ppo_loss: the clipped policy and value losses, the entropy bonus, the metrics and all gradients.
-// Limit: bytes. One pass reads each token's 25 bytes (29 with entropy) and writes its 8 (12) of gradients. These are the
+// Limit: bytes. One pass reads the 25 bytes (29 with entropy) of a token and writes 8 (12) of gradients. These are the
 // gradients of n * loss: n, which this very pass may have to count, is needed only where backward scales them.
 
 #include "streams.h"
