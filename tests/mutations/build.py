@@ -6,7 +6,6 @@ nothing is on a second run. A mutated header compiles every source of the op tha
 
 import hashlib
 import importlib.util
-import re
 import shlex
 import subprocess
 import sysconfig
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from tests.mutations.mutants import KERNELS, ROOT, Mutant
+from tests.mutations.mutants import ROOT, Mutant, texts_of
 
 BUILD = ROOT / "build" / "mutations"
-_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
 class DoesNotCompile(Exception):
@@ -30,17 +28,6 @@ def _setup():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def texts_of(source: str, changed: dict[str, str]) -> dict[str, str]:
-    """A source of csrc/cpu and all headers of the project that it includes: name -> text, after the mutation."""
-    texts, waiting = {}, [source]
-    while waiting:
-        name = waiting.pop()
-        if name not in texts:
-            texts[name] = changed[name] if name in changed else (KERNELS / name).read_text(encoding="utf-8")
-            waiting += _INCLUDE.findall(texts[name])
-    return texts
 
 
 class Builder:
@@ -70,7 +57,8 @@ class Builder:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr[-500:]]
             raise DoesNotCompile("\n".join(errors[:5]))
 
-    def _object(self, texts: dict[str, str], source: str) -> Path:
+    def _object(self, texts: dict[str, str], changed: dict[str, str], source: str) -> Path:
+        texts |= {name: text for name, text in changed.items() if name in texts}
         parts = [self.compiler, torch.__version__, *self.compile_flags, source, *sorted(texts), *texts.values()]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
         folder = BUILD / "objects" / key
@@ -89,10 +77,8 @@ class Builder:
 
     def library(self, mutant: Mutant) -> Path:
         """The path of the mutant's library; ValueError when the mutant is stale."""
-        changed = {}
-        if mutant.file:
-            changed[mutant.file] = mutant.apply((KERNELS / mutant.file).read_text(encoding="utf-8"))
-        objects = [str(self._object(texts_of(source, changed), source)) for source in mutant.sources]
+        changed = mutant.apply()
+        objects = [str(self._object(texts_of(source), changed, source)) for source in mutant.sources]
         path = BUILD / "libraries" / f"{mutant.id.replace('/', '.')}.{self.name}.so"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._run([self.compiler, *objects, *self.link_flags, "-o", str(path)])

@@ -7,12 +7,12 @@
     [[mutants]]
     name = "forward-again"
     kind = "wrong sign"                  # the class of bug, in words
-    file = "rope.cpp"                    # of csrc/cpu; headers too
-    find = "..."                         # source text that occurs exactly once in the file
+    find = "..."                         # text that occurs exactly once in the sources and the headers they include
     replace = "..."
     equivalent = "why"                   # only for a mutant that changes no behaviour: listed, not run
 """
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = ROOT / "csrc" / "cpu"
 FOLDER = Path(__file__).resolve().parent
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+
+
+def texts_of(*sources: str) -> dict[str, str]:
+    """Sources of csrc/cpu and all headers of the project that they include: name -> text."""
+    texts, waiting = {}, list(sources)
+    while waiting:
+        name = waiting.pop()
+        if name not in texts:
+            texts[name] = (KERNELS / name).read_text(encoding="utf-8")
+            waiting += _INCLUDE.findall(texts[name])
+    return texts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +41,6 @@ class Mutant:
     tests: tuple[str, ...]
     name: str
     kind: str
-    file: str
     find: str
     replace: str
     equivalent: str = ""
@@ -38,19 +49,22 @@ class Mutant:
     def id(self) -> str:
         return f"{self.op}/{self.name}"
 
-    def apply(self, text: str) -> str:
-        """The mutated source; ValueError where `find` is not there exactly once: the source has moved on."""
-        count = text.count(self.find)
+    def apply(self) -> dict[str, str]:
+        """{file: its mutated text}; ValueError where `find` is not there exactly once: the sources have moved on."""
+        if not self.find:
+            return {}
+        texts = texts_of(*self.sources)
+        count = sum(text.count(self.find) for text in texts.values())
         if count != 1:
-            raise ValueError(f"{self.id} is stale: its text occurs {count} times in {self.file}: {self.find!r}")
-        return text.replace(self.find, self.replace)
+            raise ValueError(f"{self.id} is stale: its text occurs {count} times in {sorted(texts)}: {self.find!r}")
+        return {n: t.replace(self.find, self.replace) for n, t in texts.items() if self.find in t}
 
 
 def control(mutant: Mutant) -> Mutant:
     """The same build and the same tests, with nothing changed."""
     return Mutant(
         op=mutant.op, sources=mutant.sources, tests=mutant.tests,
-        name="control", kind="nothing changed", file="", find="", replace="",
+        name="control", kind="nothing changed", find="", replace="",
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def judge(code: int | None, seen: dict, library: Path, output: str) -> dict:
 
 def run_one(builder: Builder, mutant: Mutant) -> dict:
     started = time.monotonic()
-    row = {"op": mutant.op, "name": mutant.name, "kind": mutant.kind, "file": mutant.file}
+    row = {"op": mutant.op, "name": mutant.name, "kind": mutant.kind}
     row |= {"status": "equivalent", "test": "", "by": mutant.equivalent}
     if not mutant.equivalent:
         try:
@@ -87,10 +87,13 @@ def run_all(mutants: list[Mutant], jobs: int) -> list[dict]:
     rows = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(run_one, builder, m) for m in [*controls.values(), *mutants]]
-        for done in concurrent.futures.as_completed(waiting):
-            rows.append(done.result())
-            keep(rows[-1:])
-            print(line(rows[-1]), flush=True)
+        try:
+            for done in concurrent.futures.as_completed(waiting):
+                rows.append(done.result())
+                keep(rows[-1:])
+                print(line(rows[-1]), flush=True)
+        finally:  # an interrupt does not wait for the mutants that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)
     return sorted(rows, key=lambda row: (row["op"], row["name"] != "control", row["name"]))
 
 
@@ -117,8 +120,8 @@ HEAD = """# Mutants
 Written by `make test-mutations ARGS=--write`; do not edit. One planted bug a line, in the C++ sources as they ship,
 and the first test that fails on it. `crashed` and `hung` count as killed. How to add one: `mutants.py`.
 
-| op | mutant | class | file | outcome |
-| --- | --- | --- | --- | --- |
+| op | mutant | class | outcome |
+| --- | --- | --- | --- |
 """
 
 
@@ -133,18 +136,18 @@ def write_table(rows: list[dict]) -> None:
             outcome = f"{row['status']}: {row['by']}" if m.equivalent else row["status"]
             if row["test"]:
                 outcome += f" by `{row['test']}`" + ("" if row["status"] == "killed" else f" ({row['by']})")
-        lines.append(f"| {m.op} | {m.name} | {m.kind} | `{m.file}` | {outcome.replace('|', '/')} |\n")
+        lines.append(f"| {m.op} | {m.name} | {m.kind} | {outcome.replace('|', '/')} |\n")
     (FOLDER / "README.md").write_text(HEAD + "".join(lines), encoding="utf-8")
 
 
-def choose(mutants: list[Mutant], only: str, fifth: int | None) -> list[Mutant]:
-    chosen = [m for m in mutants if only in m.id]
+def choose(mutants: list[Mutant], only: list[str], fifth: int | None) -> list[Mutant]:
+    chosen = [m for m in mutants if any(text in m.id for text in only)]
     return chosen if fifth is None else [m for i, m in enumerate(chosen) if i % 5 == fifth % 5]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make test-mutations", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose op/name holds TEXT")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="those whose op/name holds a TEXT")
     parser.add_argument("--fifth", type=int, metavar="N", help="every fifth mutant, beginning at N modulo 5")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--list", action="store_true", help="names the mutants and stops")

@@ -235,9 +235,11 @@ def test_isolation(heads, kv_heads):
 GROUPS = [(3,), (100,), (1,), (40, 30, 200, 1), (130,), (17, 17), (200,), (500,), (97, 5, 5, 5), (64,)]
 
 
-def test_alone_or_packed():
-    """A group's bits, gradients too, do not depend on what else is in the batch."""
-    args = make_inputs(grouped(*GROUPS), 6, 2, 24)
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (8, 1)])
+def test_alone_or_packed(heads, kv_heads):
+    """A group's bits, gradients too, do not depend on what else is in the batch: not even where the neighbours alone
+    would make a long segment fall into other tasks (8 heads a group: a task has 48 rows or an eighth of its run)."""
+    args = make_inputs(grouped(*GROUPS), heads, kv_heads, 24)
     packed = run_with_grads(ops.attention, args, impl="cpu")
     weights = torch.randn(
         packed["out0"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
