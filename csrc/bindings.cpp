@@ -27,6 +27,19 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
         " -> (Tensor grad_hidden, Tensor grad_weight)");
   m.def("linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor row_weights, bool need_hidden,"
         " bool need_weight) -> (Tensor loss, Tensor logprobs, Tensor grad_hidden, Tensor grad_weight)");
+  m.def("ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor values, Tensor old_values,"
+        " Tensor returns, Tensor mask, Tensor? entropy, float clip_ratio, float value_clip, float value_coef,"
+        " float entropy_coef, float? num_tokens, Tensor? num_tokens_tensor)"
+        " -> (Tensor loss, Tensor stats, Tensor grads)");
+  m.def("gae(Tensor rewards, Tensor values, Tensor cu_responses, float gamma, float lam)"
+        " -> (Tensor advantages, Tensor returns)");
+  m.def("reward_score(Tensor hidden_safety, Tensor hidden_helpful, Tensor last_rows, Tensor head_safety,"
+        " Tensor head_helpful, Tensor is_safety, Tensor cu_groups, Tensor? norm_safety, Tensor? norm_helpful,"
+        " float eps, float threshold)"
+        " -> (Tensor r_safety, Tensor r_helpful, Tensor combined, Tensor whitened, Tensor best_of_group)");
+  m.def("pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float margin_value, Tensor? safe_chosen,"
+        " Tensor? safe_rejected, float aux_weight, float? num_pairs, Tensor? num_pairs_tensor)"
+        " -> (Tensor loss, Tensor per_pair, Tensor grads)");
   m.def("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, float lr,"
         " float beta1, float beta2, float eps, float weight_decay, Tensor(d!) step, Tensor grad_norm,"
         " float max_norm, Tensor(e!)[] copies) -> ()");

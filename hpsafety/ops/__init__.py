@@ -3,8 +3,12 @@
 from hpsafety.ops.adamw import adamw_, grad_norm_sq
 from hpsafety.ops.attention import attention
 from hpsafety.ops.backends import BackendUnavailable
+from hpsafety.ops.gae import gae
 from hpsafety.ops.linear_cross_entropy import linear_cross_entropy
 from hpsafety.ops.linear_logprob import linear_logprob
+from hpsafety.ops.pair_loss import pair_loss
+from hpsafety.ops.ppo_loss import PPOLoss, ppo_loss
+from hpsafety.ops.reward_score import RewardScore, reward_score
 from hpsafety.ops.rms_norm import rms_norm
 from hpsafety.ops.rope import rope, rope_, rope_qkv
 from hpsafety.ops.swiglu import swiglu
@@ -12,11 +16,17 @@ from hpsafety.ops.table import table
 
 __all__ = [
     "BackendUnavailable",
+    "PPOLoss",
+    "RewardScore",
     "adamw_",
     "attention",
+    "gae",
     "grad_norm_sq",
     "linear_cross_entropy",
     "linear_logprob",
+    "pair_loss",
+    "ppo_loss",
+    "reward_score",
     "rms_norm",
     "rope",
     "rope_",

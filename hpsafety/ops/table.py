@@ -14,6 +14,10 @@ OPS = {
     "rms_norm": "rms_norm",
     "rope": "rope",
     "swiglu": "swiglu",
+    "ppo_loss": "ppo_loss",
+    "gae": "gae",
+    "reward_score": "reward_score",
+    "pair_loss": "pair_loss",
     "adamw_": "adamw",
 }
 

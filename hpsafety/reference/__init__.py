@@ -9,8 +9,12 @@ import functools
 from hpsafety.reference.adamw import adamw as _adamw
 from hpsafety.reference.adamw import grad_norm_sq as _grad_norm_sq
 from hpsafety.reference.attention import attention as _attention
+from hpsafety.reference.gae import gae as _gae
 from hpsafety.reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
+from hpsafety.reference.pair_loss import pair_loss as _pair_loss
+from hpsafety.reference.ppo_loss import ppo_loss as _ppo_loss
+from hpsafety.reference.reward_score import reward_score as _reward_score
 from hpsafety.reference.rms_norm import rms_norm as _rms_norm
 from hpsafety.reference.rope import rope as _rope
 from hpsafety.reference.rope import rope_qkv as _rope_qkv
@@ -28,8 +32,12 @@ def _counted(function):
     return wrapper
 
 
+gae = _counted(_gae)
 linear_cross_entropy = _counted(_linear_cross_entropy)
 linear_logprob = _counted(_linear_logprob)
+pair_loss = _counted(_pair_loss)
+ppo_loss = _counted(_ppo_loss)
+reward_score = _counted(_reward_score)
 rms_norm = _counted(_rms_norm)
 rope = _counted(_rope)
 rope_qkv = _counted(_rope_qkv)
