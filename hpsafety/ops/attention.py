@@ -109,7 +109,8 @@ def attention(q, k, v, segments, softmax_scale=None, deterministic=False, *, imp
     Saved for backward: q, k, v, the output, and lse (T, H) fp32, base 2.
     A NaN reaches its own row and the rows that see it, no other. A score of -inf has weight 0; a row of no
     other score is NaN, as in torch.
-    Raises ValueError on shapes, dtypes, devices or segments that do not fit (empty, unsorted, overlapping, out of range).
+    Raises ValueError on shapes, dtypes, devices or segments that do not fit (empty, unsorted, overlapping, out of
+    range).
     """
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     _check(q, k, v, segments, softmax_scale)

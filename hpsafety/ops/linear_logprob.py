@@ -107,8 +107,8 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, *, i
     Accumulates in fp32, the weight gradient over all rows too; rows whose incoming gradients are zero are left out of
     the backward. The number of threads changes no bit, and a row's logprob does not depend on the other rows where
     the BLAS rounds alike for every M >= 16 (MKL does).
-    A hidden row with NaN or inf gives NaN for that row alone; such a weight row gives NaN for every row (a logit of -inf
-    counts as probability 0). Rows without incoming gradient may hold anything.
+    A hidden row with NaN or inf gives NaN for that row alone; such a weight row gives NaN for every row, unless its
+    logit is -inf, which counts as probability 0. Rows without incoming gradient may hold anything.
     Raises ValueError on shapes, dtypes, devices or targets that do not fit.
     """
     check_linear_inputs("linear_logprob", hidden, weight, targets)

@@ -6,6 +6,7 @@ nothing is on a second run. A mutated header compiles every source of the op tha
 
 import hashlib
 import importlib.util
+import re
 import shlex
 import subprocess
 import sysconfig
@@ -17,6 +18,7 @@ import torch
 from tests.mutations.mutants import ROOT, Mutant, texts_of
 
 BUILD = ROOT / "build" / "mutations"
+_SYSTEM_INCLUDE = re.compile(r"^#include <.*>", re.MULTILINE)
 
 
 class DoesNotCompile(Exception):
@@ -51,35 +53,48 @@ class Builder:
         self._locks: dict[Path, threading.Lock] = {}
         self._guard = threading.Lock()
 
-    def _run(self, command: list[str]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    def _run(self, command: list[str], folder: Path) -> None:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr[-500:]]
             raise DoesNotCompile("\n".join(errors[:5]))
 
-    def _object(self, texts: dict[str, str], changed: dict[str, str], source: str) -> Path:
-        texts |= {name: text for name, text in changed.items() if name in texts}
-        parts = [self.compiler, torch.__version__, *self.compile_flags, source, *sorted(texts), *texts.values()]
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-        folder = BUILD / "objects" / key
-        made = folder / "kernel.o"
+    def _make(self, name: str, texts: dict[str, str], arguments: list[str]) -> Path:
+        """The file `name`, compiled from the files of these texts, unless it stands from before."""
+        flags = [*self.compile_flags, *arguments]
+        parts = [
+            self.compiler,
+            torch.__version__,
+            *flags,
+            *(part for pair in sorted(texts.items()) for part in pair),
+        ]
+        folder = BUILD / "objects" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
         with self._guard:
-            lock = self._locks.setdefault(made, threading.Lock())
+            lock = self._locks.setdefault(folder, threading.Lock())
         with lock:
-            if not made.exists():
+            if not (folder / name).exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                for name, text in texts.items():
-                    (folder / name).write_text(text, encoding="utf-8")
-                partial = folder / "partial.o"
-                self._run([self.compiler, *self.compile_flags, "-c", str(folder / source), "-o", str(partial)])
-                partial.rename(made)
-        return made
+                for file, text in texts.items():
+                    (folder / file).write_text(text, encoding="utf-8")
+                self._run([self.compiler, *flags, "-o", "partial"], folder)
+                (folder / "partial").rename(folder / name)
+        return folder / name
+
+    def _object(self, texts: dict[str, str], source: str) -> Path:
+        """torch's headers, which take half of a compilation, are compiled before, once."""
+        includes = "".join(f"{line}\n" for line in _SYSTEM_INCLUDE.findall(texts_of("common.h")["common.h"]))
+        prelude = self._make("prelude.h.gch", {"prelude.h": includes}, ["-x", "c++-header", "prelude.h"])
+        return self._make("kernel.o", texts, ["-include", str(prelude.with_suffix("")), "-c", source])
 
     def library(self, mutant: Mutant) -> Path:
         """The path of the mutant's library; ValueError when the mutant is stale."""
         changed = mutant.apply()
-        objects = [str(self._object(texts_of(source), changed, source)) for source in mutant.sources]
+        objects = []
+        for source in mutant.sources:
+            texts = texts_of(source)
+            texts |= {name: text for name, text in changed.items() if name in texts}
+            objects.append(str(self._object(texts, source)))
         path = BUILD / "libraries" / f"{mutant.id.replace('/', '.')}.{self.name}.so"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._run([self.compiler, *objects, *self.link_flags, "-o", str(path)])
+        self._run([self.compiler, *objects, *self.link_flags, "-o", path.name], path.parent)
         return path

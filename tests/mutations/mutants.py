@@ -1,15 +1,15 @@
 """The list of mutants: one TOML file per op beside this module, each mutant one small bug in csrc/cpu.
 
-    op = "rope"
-    sources = ["rope.cpp"]               # of csrc/cpu: enough kernels to run the tests below
-    tests = ["tests/ops/test_rope.py"]   # must fail on every mutant, and pass without one
+op = "rope"
+sources = ["rope.cpp"]               # of csrc/cpu: enough kernels to run the tests below
+tests = ["tests/ops/test_rope.py"]   # must fail on every mutant, and pass without one
 
-    [[mutants]]
-    name = "forward-again"
-    kind = "wrong sign"                  # the class of bug, in words
-    find = "..."                         # text that occurs exactly once in the sources and the headers they include
-    replace = "..."
-    equivalent = "why"                   # only for a mutant that changes no behaviour: listed, not run
+[[mutants]]
+name = "forward-again"
+kind = "wrong sign"                  # the class of bug, in words
+find = "..."                         # text that occurs exactly once in the sources and the headers they include
+replace = "..."
+equivalent = "why"                   # only for a mutant that changes no behaviour: listed, not run
 """
 
 import re
@@ -56,7 +56,9 @@ class Mutant:
         texts = texts_of(*self.sources)
         count = sum(text.count(self.find) for text in texts.values())
         if count != 1:
-            raise ValueError(f"{self.id} is stale: its text occurs {count} times in {sorted(texts)}: {self.find!r}")
+            raise ValueError(
+                f"{self.id} is stale: its text occurs {count} times in {sorted(texts)}: {self.find!r}"
+            )
         return {n: t.replace(self.find, self.replace) for n, t in texts.items() if self.find in t}
 
 

@@ -147,7 +147,9 @@ def choose(mutants: list[Mutant], only: list[str], fifth: int | None) -> list[Mu
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make test-mutations", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="those whose op/name holds a TEXT")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="those whose op/name holds a TEXT"
+    )
     parser.add_argument("--fifth", type=int, metavar="N", help="every fifth mutant, beginning at N modulo 5")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--list", action="store_true", help="names the mutants and stops")

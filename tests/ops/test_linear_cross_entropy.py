@@ -205,7 +205,10 @@ def test_compile():
         ({"row_weights": torch.zeros(3, dtype=torch.float64)}, "row_weights must be"),
         ({"row_weights": torch.zeros(3, device="meta")}, r"row_weights must be .* on cpu, got .* on meta"),
         ({"weight": torch.zeros(5, 8, device="meta")}, r"weight must be .* on cpu .* on meta"),
-        ({n: torch.zeros(k, 8).double() for n, k in (("hidden", 3), ("weight", 5))}, "hidden must be float32 or"),
+        (
+            {n: torch.zeros(k, 8).double() for n, k in (("hidden", 3), ("weight", 5))},
+            "hidden must be float32 or",
+        ),
         ({"targets": torch.tensor([0, 5, 1])}, r"linear_cross_entropy: targets must lie in \[0, 5\)"),
         ({"weight": torch.zeros(5, 7)}, "linear_cross_entropy: weight must be"),
     ],

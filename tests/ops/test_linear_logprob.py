@@ -252,8 +252,14 @@ def test_compile():
         ({"weight": torch.zeros(5, 7)}, r"weight must be \(V, 8\)"),
         ({"weight": torch.zeros(5, 8, dtype=torch.bfloat16)}, "weight must be"),
         ({"weight": torch.zeros(5, 8, device="meta")}, r"weight must be .* on cpu .* on meta"),
-        ({"targets": torch.zeros(3, dtype=torch.int64, device="meta")}, "targets must be .* on cpu, got .* on meta"),
-        ({n: torch.zeros(k, 8).double() for n, k in (("hidden", 3), ("weight", 5))}, "hidden must be float32 or"),
+        (
+            {"targets": torch.zeros(3, dtype=torch.int64, device="meta")},
+            "targets must be .* on cpu, got .* on meta",
+        ),
+        (
+            {n: torch.zeros(k, 8).double() for n, k in (("hidden", 3), ("weight", 5))},
+            "hidden must be float32 or",
+        ),
         ({"targets": torch.zeros(2, dtype=torch.int64)}, r"targets must be \(3,\)"),
         ({"targets": torch.zeros(3)}, "targets must be"),
         ({"targets": torch.tensor([0, 5, 1])}, r"targets must lie in \[0, 5\), got values from 0 to 5"),

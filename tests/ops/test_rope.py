@@ -234,7 +234,10 @@ def test_positions_out_of_range(bad, impl):
         ({"sin": torch.zeros(39, 4)}, "cos and sin must be"),
         ({"sin": torch.zeros(40, 4, dtype=torch.bfloat16)}, "must be float32"),
         ({"cos": torch.zeros(40, 4, device="meta")}, "must be on cpu"),
-        ({"positions": torch.zeros(5, dtype=torch.int32, device="meta")}, "positions, cos and sin must be on cpu"),
+        (
+            {"positions": torch.zeros(5, dtype=torch.int32, device="meta")},
+            "positions, cos and sin must be on cpu",
+        ),
         ({"k": torch.zeros(5, 1, 8, device="meta")}, "k must be like q torch.float32 on cpu"),
     ],
 )
