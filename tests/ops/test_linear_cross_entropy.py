@@ -134,7 +134,7 @@ def test_non_contiguous():
 def test_offsets_past_32_bits():
     """A weight of more than 2^31 elements, zeros but for its last word: exact loss and gradient of hidden."""
     d = 4096
-    v = PAST_INT32 // d + 2
+    v = PAST_INT32 // d + 4096  # so that whole tiles of words lie beyond
     weight = lazy_zeros(v * d).view(v, d)
     weight[-1] = 1
     hidden = torch.full((1, d), 2.0**-9, requires_grad=True)  # the last word's logit is 8

@@ -173,7 +173,7 @@ def test_threads_and_repeats_change_no_bit(dtype, threads):
 def test_offsets_past_32_bits(dtype):
     """A weight of more than 2^31 elements, zeros but for its last word: exact values for that word and for another."""
     d = 4096
-    v = PAST_INT32 // d + 2
+    v = PAST_INT32 // d + 4096  # so that whole tiles of words lie beyond
     weight = lazy_zeros(v * d, dtype).view(v, d)
     weight[-1] = 1
     hidden = torch.full((2, d), 2.0**-9, dtype=dtype)  # the last word's logit is 8
