@@ -3,6 +3,7 @@
 #   make demo    train the built-in model on a CPU and compare it before and after
 #   make test    the fast tests          make lint    ruff
 #   make bench   hpsafety against its peers, in .venv-bench
+#   make test-mutations   plants bugs in the C++ kernels; the tests must notice each
 #   make clean   removes what was built  make distclean   removes the environments too
 #
 # PYTHON=python3.12 make demo     uses that Python
@@ -16,18 +17,21 @@ SET_UP := $(PY) make/environment.py
 SOURCES := setup.py $(shell find csrc -type f -name '*.[ch]*' 2>/dev/null)
 RUN_BENCH := $(PY) -m bench.end_to_end.sft
 
-.PHONY: demo test lint bench clean distclean help
+.PHONY: demo test test-mutations lint bench clean distclean help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 demo: $(VENV)/.built $(VENV)/.demo
 	@$(PY) -m hpsafety demo $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-mutations: $(VENV)/.built $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(PY) -m tests.mutations.run $(ARGS)
 
 lint: $(VENV)/.lint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

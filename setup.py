@@ -109,10 +109,11 @@ def wanted() -> bool:
     return True
 
 
-build = wanted()
-if build and not os.environ.get("CXX"):
-    os.environ["CXX"] = compiler()
-setup(
-    ext_modules=extensions() if build else [],
-    cmdclass={"build_ext": build_command() if build else build_ext},
-)
+if __name__ == "__main__":  # the mutation tests import the flags
+    build = wanted()
+    if build and not os.environ.get("CXX"):
+        os.environ["CXX"] = compiler()
+    setup(
+        ext_modules=extensions() if build else [],
+        cmdclass={"build_ext": build_command() if build else build_ext},
+    )

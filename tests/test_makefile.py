@@ -78,6 +78,12 @@ def test_test_adds_its_extra(tmp_path, no_make):
     assert "environment.py test" in text and "-m pytest" in text
 
 
+def test_mutations_set_up_what_the_tests_need(tmp_path, no_make):
+    text = plan("test-mutations", tmp_path / "venv")
+    words = ["environment.py built", "environment.py test", "-m tests.mutations.run"]
+    assert [text.index(word) for word in words] == sorted(text.index(word) for word in words)
+
+
 def test_lint_needs_no_torch(tmp_path, no_make):
     text = plan("lint", tmp_path / "venv")
     assert "environment.py lint" in text and "environment.py torch" not in text

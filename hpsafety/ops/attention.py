@@ -111,7 +111,10 @@ def attention(q, k, v, segments, softmax_scale=None, deterministic=False, *, imp
     deterministic  the same bits at every run; the C++ kernel always is, for any number of threads
     returns        (T, H, K) like q, fresh; rows of no segment are zero and get zero gradients
     Saved for backward: q, k, v, the output, and lse (T, H) fp32, base 2.
-    Raises ValueError on shapes, dtypes or segments that do not fit (empty, unsorted, overlapping, out of range).
+    A NaN reaches its own row and the rows that see it, no other. A score of -inf has weight 0; a row of no
+    other score is NaN, as in torch.
+    Raises ValueError on shapes, dtypes, devices or segments that do not fit (empty, unsorted, overlapping, out of
+    range).
     """
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     _check(q, k, v, segments, softmax_scale)

@@ -5,7 +5,7 @@ import torch
 
 from hpsafety import reference
 from hpsafety.ops import backends
-from hpsafety.ops.linear_logprob import check_linear_inputs
+from hpsafety.ops.linear_logprob import DTYPES, check_linear_inputs
 from hpsafety.ops.registration import Op, check
 
 BACKENDS = ("cpu",)
@@ -65,17 +65,22 @@ def linear_cross_entropy(hidden, weight, targets, row_weights, *, impl=None):
     Three GEMMs for loss and both gradients, where linear_logprob needs four; it holds the logits of 256 rows (50 MB
     at 49,152 words), for bf16 also the weight gradient in fp32. Backward scales what the forward made, and does not
     when the incoming gradient is exactly 1. The number of threads changes no bit.
-    Raises ValueError on shapes, dtypes or targets that do not fit.
+    A hidden row with NaN or inf gives NaN for its logprob and, unless its weight is 0, for the loss.
+    Raises ValueError on shapes, dtypes, devices or targets that do not fit.
     """
     check_linear_inputs("linear_cross_entropy", hidden, weight, targets)
     check(
-        row_weights.shape == targets.shape and row_weights.dtype == torch.float32,
-        "linear_cross_entropy: row_weights must be ({},) float32, got {} {}",
-        targets.shape[0], tuple(row_weights.shape), row_weights.dtype,
+        row_weights.shape == targets.shape and row_weights.dtype == torch.float32
+        and row_weights.device == hidden.device,
+        "linear_cross_entropy: row_weights must be ({},) float32 on {}, got {} {} on {}",
+        targets.shape[0], hidden.device, tuple(row_weights.shape), row_weights.dtype, row_weights.device,
     )  # fmt: skip
     impl = backends.resolve("linear_cross_entropy", impl, BACKENDS, hidden.device.type)
     if impl == "reference":
         return reference.linear_cross_entropy(hidden, weight, targets, row_weights)
+    check(
+        hidden.dtype in DTYPES, "linear_cross_entropy: hidden must be float32 or bfloat16, got {}", hidden.dtype
+    )  # fmt: skip
     training = torch.is_grad_enabled()
     needs = training and hidden.requires_grad, training and weight.requires_grad
     return _op(hidden, weight, targets, row_weights, *needs, impl)[:2]

@@ -10,6 +10,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 
 BACKENDS = ("cpu",)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _fake(hidden, weight, targets, temperature, entropy):
@@ -68,18 +69,20 @@ _op = Op(
 
 
 def check_linear_inputs(op: str, hidden, weight, targets) -> None:
-    """Shapes, dtypes, and on CPU (elsewhere with HPSAFETY_CHECK=1) that every target is a word; raises ValueError."""
+    """Shapes, dtypes, devices, and on CPU (elsewhere with HPSAFETY_CHECK=1) that every target is a word; raises
+    ValueError."""
     check(hidden.dim() == 2, "{}: hidden must be (N, D), got shape {}", op, tuple(hidden.shape))
     check(
         weight.dim() == 2 and weight.shape[1:] == hidden.shape[1:] and weight.shape[0] > 0
-        and weight.dtype == hidden.dtype,
-        "{}: weight must be (V, {}) {} with V > 0, got {} {}",
-        op, hidden.shape[1], hidden.dtype, tuple(weight.shape), weight.dtype,
+        and weight.dtype == hidden.dtype and weight.device == hidden.device,
+        "{}: weight must be (V, {}) {} on {} with V > 0, got {} {} on {}",
+        op, hidden.shape[1], hidden.dtype, hidden.device, tuple(weight.shape), weight.dtype, weight.device,
     )  # fmt: skip
     check(
-        targets.shape == hidden.shape[:1] and targets.dtype in (torch.int64, torch.int32),
-        "{}: targets must be ({},) int64, got {} {}",
-        op, hidden.shape[0], tuple(targets.shape), targets.dtype,
+        targets.shape == hidden.shape[:1] and targets.dtype in (torch.int64, torch.int32)
+        and targets.device == hidden.device,
+        "{}: targets must be ({},) int64 on {}, got {} {} on {}",
+        op, hidden.shape[0], hidden.device, tuple(targets.shape), targets.dtype, targets.device,
     )  # fmt: skip
     if torch.compiler.is_compiling() or not targets.numel():
         return
@@ -104,7 +107,9 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, *, i
     Accumulates in fp32, the weight gradient over all rows too; rows whose incoming gradients are zero are left out of
     the backward. The number of threads changes no bit, and a row's logprob does not depend on the other rows where
     the BLAS rounds alike for every M >= 16 (MKL does).
-    Raises ValueError on shapes, dtypes or targets that do not fit.
+    A hidden row with NaN or inf gives NaN for that row alone; such a weight row gives NaN for every row, unless its
+    logit is -inf, which counts as probability 0. Rows without incoming gradient may hold anything.
+    Raises ValueError on shapes, dtypes, devices or targets that do not fit.
     """
     check_linear_inputs("linear_logprob", hidden, weight, targets)
     temperature = float(temperature)
@@ -114,5 +119,6 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, *, i
     impl = backends.resolve("linear_logprob", impl, BACKENDS, hidden.device.type)
     if impl == "reference":
         return reference.linear_logprob(hidden, weight, targets, temperature, entropy)
+    check(hidden.dtype in DTYPES, "linear_logprob: hidden must be float32 or bfloat16, got {}", hidden.dtype)
     logprobs, _, entropies = _op(hidden, weight, targets, temperature, bool(entropy), impl)
     return (logprobs, entropies) if entropy else logprobs

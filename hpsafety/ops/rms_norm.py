@@ -7,6 +7,7 @@ from hpsafety.ops import apex_backend, backends
 from hpsafety.ops.registration import Op, check
 
 BACKENDS = ("cpu", "apex")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _fake(x, weight, eps, residual):
@@ -63,21 +64,25 @@ def rms_norm(x, weight, eps, residual=None, *, impl=None):
     residual  (T, D) like x, or None
     returns   y (T, D) like x, or (y, residual_out) with residual_out = x + residual
     Saved for backward: the normalised input and rstd (T,) fp32; grad_weight is summed in fp32, in a fixed order.
-    Raises ValueError on shapes or dtypes that do not fit.
+    A row with a NaN gives a row of NaN, one with an inf gives NaN there and zeros beside it, as torch does; no other
+    row changes, but grad_weight sums over rows and is NaN then.
+    Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     check(x.dim() == 2, "rms_norm: x must be (T, D), got shape {}", tuple(x.shape))
     check(
-        weight.shape == x.shape[1:] and weight.dtype == x.dtype,
-        "rms_norm: weight must be ({},) {}, got {} {}",
-        x.shape[1], x.dtype, tuple(weight.shape), weight.dtype,
+        weight.shape == x.shape[1:] and weight.dtype == x.dtype and weight.device == x.device,
+        "rms_norm: weight must be ({},) {} on {}, got {} {} on {}",
+        x.shape[1], x.dtype, x.device, tuple(weight.shape), weight.dtype, weight.device,
     )  # fmt: skip
-    check(
-        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-        "rms_norm: residual must be like x {} {}, got {} {}",
-        tuple(x.shape), x.dtype, *((tuple(residual.shape), residual.dtype) if residual is not None else ("", "")),
-    )  # fmt: skip
+    if residual is not None:
+        check(
+            residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device,
+            "rms_norm: residual must be like x {} {} on {}, got {} {} on {}",
+            tuple(x.shape), x.dtype, x.device, tuple(residual.shape), residual.dtype, residual.device,
+        )  # fmt: skip
     impl = backends.resolve("rms_norm", impl, BACKENDS, x.device.type)
     if impl == "reference":
         return reference.rms_norm(x, weight, eps, residual)
+    check(x.dtype in DTYPES, "rms_norm: x must be float32 or bfloat16, got {}", x.dtype)
     y, summed, _ = forward_op(x, weight, float(eps), residual, impl)
     return y if residual is None else (y, summed)

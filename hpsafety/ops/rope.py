@@ -150,6 +150,7 @@ def rope(q, k, positions, cos, sin, *, impl=None):
     positions  (T,) int32 in [0, max_pos)
     cos, sin   (max_pos, K/2) fp32; no gradient flows to them
     returns    q, k: fresh, contiguous; the arithmetic is fp32
+    NaN and inf stay in their pair.
     Raises ValueError on shapes, dtypes or devices that do not fit and on positions out of range.
     """
     _check_heads("rope", q, k)

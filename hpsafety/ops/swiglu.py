@@ -52,6 +52,7 @@ def swiglu(gate_up, *, impl=None):
     gate_up  (T, 2F) fp32 or bf16: the first F columns are the gate
     returns  (T, F) like gate_up; the arithmetic is fp32
     Saved for backward: gate_up only.
+    NaN stays in its column pair; a gate of -inf gives NaN (-inf * 0), as in torch.
     Raises ValueError on a shape or dtype that does not fit.
     """
     check(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpsafety import ops, pack
+from hpsafety import ops, pack, reference
 from hpsafety.data.groups import PromptGroup
 from hpsafety.model.io import load_model, save_model
 from tests.tiny import random_groups, tiny_model
@@ -238,17 +238,22 @@ def test_generate_refuses(arguments, message):
 
 @pytest.mark.slow
 def test_block_compiles_whole():
-    """A block under torch.compile(fullgraph=True): right outputs and gradients."""
-    model, batch = tiny_model(), pack(random_groups(3))
-    cos, sin = model.rope(batch.tokens.device)
-    x = torch.randn(batch.tokens_computed, 24, requires_grad=True)
-    block = model.blocks[0]
-    arguments = (None, batch.positions, batch.segments, cos, sin)
-    expected = sum(block(x, *arguments))
-    (grad,) = torch.autograd.grad(expected.sum(), x)
-    got = sum(torch.compile(block, fullgraph=True)(x, *arguments))
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], grad)
+    """A block under torch.compile(fullgraph=True), which refuses a graph break: right outputs, right gradients of the
+    inputs and of every weight, and none of it by the oracles."""
+    model, batch = tiny_model(qkv_bias=True, o_bias=True, mlp_bias=True), pack(random_groups(3, 2))
+    block, g = model.blocks[0], torch.Generator().manual_seed(0)
+    shape = batch.tokens_computed, 24
+    x, delta, *weights = (torch.randn(shape, generator=g, requires_grad=i < 2) for i in range(4))
+    arguments = (x, delta, batch.positions, batch.segments, *model.rope(batch.tokens.device))
+    leaves = {"x": x, "delta": delta, **dict(block.named_parameters())}
+    before, results = reference.calls.total(), []
+    for call in (block, torch.compile(block, fullgraph=True)):
+        out = call(*arguments)
+        total = sum((o * w).sum() for o, w in zip(out, weights, strict=True))
+        results.append([x.detach() for x in (*out, *torch.autograd.grad(total, list(leaves.values())))])
+    assert reference.calls.total() == before
+    for name, ours, eager in zip(["x_out", "delta_out", *leaves], *reversed(results), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5 * float(eager.abs().max()), msg=name)
 
 
 def test_ops_table_names_every_op():

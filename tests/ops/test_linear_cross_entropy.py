@@ -1,11 +1,13 @@
 """linear_cross_entropy. The bug this file must catch: a gradient that ignores the row's weight, or is scaled twice."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from hpsafety import ops, reference
+from tests.ops.forms import PAST_INT32, check_same_bits, lazy_zeros
 from tests.ops.oracle import check_against_oracle, run_with_grads
 from tests.ops.test_linear_logprob import make_inputs as logprob_inputs
 
@@ -29,6 +31,17 @@ def test_matches_oracle(dtype, n, d, v):
     args = make_inputs(n, d, v, dtype)
     out = check_against_oracle("linear_cross_entropy", ops.linear_cross_entropy, args, grads=TRAINED)
     assert out["out0"].dtype == out["out1"].dtype == torch.float32 and (out["out1"] <= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed):
+    """KER-2 on drawn shapes, scales and dtypes; every second draw leaves a third of the rows out."""
+    g = torch.Generator().manual_seed(seed)
+    n, d, v = (int(torch.randint(1, high, (), generator=g)) for high in (600, 60, 4000))
+    args = make_inputs(n, d, v, (torch.float32, torch.bfloat16)[seed % 2], seed, 10.0 ** (seed % 3 - 1))
+    if seed % 4 < 2:
+        args["row_weights"] *= torch.rand(n, generator=g) < 0.7
+    check_against_oracle("linear_cross_entropy", ops.linear_cross_entropy, args, grads=TRAINED)
 
 
 def test_large_logits():
@@ -99,18 +112,53 @@ def test_no_gradient_work_without_grad():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_and_repeats_change_no_bit(dtype):
-    args = make_inputs(400, 40, 4500, dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        first = run_with_grads(ops.linear_cross_entropy, args, impl="cpu", grads=TRAINED)
-        for threads in (2, 3, 1):
-            torch.set_num_threads(threads)
-            again = run_with_grads(ops.linear_cross_entropy, args, impl="cpu", grads=TRAINED)
-            assert all(torch.equal(first[k], again[k]) for k in first), threads
-    finally:
-        torch.set_num_threads(before)
+def test_threads_and_repeats_change_no_bit(dtype, threads):
+    args, small = make_inputs(400, 40, 4500, dtype), make_inputs(40, 16, 2100, dtype)
+    check_same_bits(ops.linear_cross_entropy, args, threads, repeats=3, grads=TRAINED)
+    check_same_bits(ops.linear_cross_entropy, small, threads, grads=TRAINED)
+
+
+def test_non_contiguous():
+    args = make_inputs(40, 66, 90)
+    views = {"hidden": args["hidden"][:, ::2], "weight": args["weight"].t()[1::2].t()}
+    views["targets"] = args["targets"].repeat_interleave(2)[::2]
+    views["row_weights"] = args["row_weights"].repeat_interleave(2)[::2]
+    ours = run_with_grads(ops.linear_cross_entropy, views, impl="cpu", grads=TRAINED)
+    dense = {k: v.contiguous() for k, v in views.items()}
+    for name, value in run_with_grads(ops.linear_cross_entropy, dense, impl="cpu", grads=TRAINED).items():
+        assert torch.equal(ours[name], value), name
+    one = views | {"row_weights": torch.full((), 0.1).expand(40)}  # stride 0
+    check_against_oracle("linear_cross_entropy", ops.linear_cross_entropy, one, grads=TRAINED)
+
+
+def test_offsets_past_32_bits():
+    """A weight of more than 2^31 elements, zeros but for its last word: exact loss and gradient of hidden."""
+    d = 4096
+    v = PAST_INT32 // d + 4096  # so that whole tiles of words lie beyond
+    weight = lazy_zeros(v * d).view(v, d)
+    weight[-1] = 1
+    hidden = torch.full((1, d), 2.0**-9, requires_grad=True)  # the last word's logit is 8
+    loss, _ = ops.linear_cross_entropy(hidden, weight, torch.tensor([v - 1]), torch.ones(1), impl="cpu")
+    norm = math.log(math.exp(8) + v - 1)
+    torch.testing.assert_close(loss.detach(), torch.tensor(norm - 8))
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, torch.full((1, d), math.exp(8 - norm) - 1))
+
+
+@pytest.mark.slow
+def test_more_logits_than_32_bits_count():
+    """N * V past 2^31: the rows of one chunk, repeated, give that chunk's bits again."""
+    v, d, chunk = 32_800, 4, 256
+    args = make_inputs(chunk, d, v)
+    many = PAST_INT32 // v // chunk + 1
+    whole = args | {k: x.repeat(many, *[1] * (x.dim() - 1)) for k, x in args.items() if k != "weight"}
+    assert whole["hidden"].shape[0] * v > 2**31
+    one = run_with_grads(ops.linear_cross_entropy, args, impl="cpu", grads=TRAINED)
+    out = run_with_grads(ops.linear_cross_entropy, whole, impl="cpu", grads=TRAINED)
+    assert torch.equal(out["out1"], one["out1"].repeat(many))
+    assert torch.equal(out["grad_hidden"], one["grad_hidden"].repeat(many, 1))
+    torch.testing.assert_close(out["grad_weight"], one["grad_weight"] * many, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out["out0"], one["out0"] * many)
 
 
 def test_bad_rows_stay_alone():
@@ -155,6 +203,12 @@ def test_compile():
     [
         ({"row_weights": torch.zeros(2)}, r"row_weights must be \(3,\)"),
         ({"row_weights": torch.zeros(3, dtype=torch.float64)}, "row_weights must be"),
+        ({"row_weights": torch.zeros(3, device="meta")}, r"row_weights must be .* on cpu, got .* on meta"),
+        ({"weight": torch.zeros(5, 8, device="meta")}, r"weight must be .* on cpu .* on meta"),
+        (
+            {n: torch.zeros(k, 8).double() for n, k in (("hidden", 3), ("weight", 5))},
+            "hidden must be float32 or",
+        ),
         ({"targets": torch.tensor([0, 5, 1])}, r"linear_cross_entropy: targets must lie in \[0, 5\)"),
         ({"weight": torch.zeros(5, 7)}, "linear_cross_entropy: weight must be"),
     ],
@@ -166,4 +220,4 @@ def test_bad_arguments(change, message):
         "targets": torch.zeros(3, dtype=torch.int64),
     }
     with pytest.raises(ValueError, match=message):
-        ops.linear_cross_entropy(**(args | {"row_weights": torch.zeros(3)} | change))
+        ops.linear_cross_entropy(**(args | {"row_weights": torch.zeros(3)} | change), impl="cpu")

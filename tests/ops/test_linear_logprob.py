@@ -2,11 +2,13 @@
 gradient."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from hpsafety import ops, reference
+from tests.ops.forms import PAST_INT32, check_same_bits, lazy_zeros
 from tests.ops.oracle import check_against_oracle, check_error, run_with_grads
 
 
@@ -48,6 +50,18 @@ def test_matches_oracle(dtype, n, d, v, entropy):
     )
     assert out["out0"].dtype == torch.float32 and out["grad_weight"].dtype == dtype
     assert (out["out0"] <= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed):
+    """KER-2 on drawn shapes, scales, temperatures and dtypes."""
+    g = torch.Generator().manual_seed(seed)
+    n, d, v = (int(torch.randint(1, high, (), generator=g)) for high in (300, 100, 6000))
+    dtype, temperature = (torch.float32, torch.bfloat16)[seed % 2], 0.25 * (1 + seed % 7)
+    args = make_inputs(n, d, v, dtype, seed, scale=10.0 ** (seed % 3 - 1))
+    check_against_oracle(
+        "linear_logprob", ops.linear_logprob, args, temperature=temperature, entropy=seed % 4 < 2
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.7, 3.0])
@@ -150,18 +164,40 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_and_repeats_change_no_bit(dtype):
-    args = make_inputs(700, 40, 4500, dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        first = run_with_grads(ops.linear_logprob, args, impl="cpu", entropy=True)
-        for threads in (2, 3, 2, 1):
-            torch.set_num_threads(threads)
-            again = run_with_grads(ops.linear_logprob, args, impl="cpu", entropy=True)
-            assert all(torch.equal(first[k], again[k]) for k in first), threads
-    finally:
-        torch.set_num_threads(before)
+def test_threads_and_repeats_change_no_bit(dtype, threads):
+    check_same_bits(ops.linear_logprob, make_inputs(700, 40, 4500, dtype), threads, repeats=3, entropy=True)
+    check_same_bits(ops.linear_logprob, make_inputs(40, 16, 2100, dtype), threads, entropy=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offsets_past_32_bits(dtype):
+    """A weight of more than 2^31 elements, zeros but for its last word: exact values for that word and for another."""
+    d = 4096
+    v = PAST_INT32 // d + 4096  # so that whole tiles of words lie beyond
+    weight = lazy_zeros(v * d, dtype).view(v, d)
+    weight[-1] = 1
+    hidden = torch.full((2, d), 2.0**-9, dtype=dtype)  # the last word's logit is 8
+    logprobs = ops.linear_logprob(hidden, weight, torch.tensor([v - 1, 0]), impl="cpu")
+    norm = math.log(math.exp(8) + v - 1)
+    torch.testing.assert_close(logprobs, torch.tensor([8 - norm, -norm]))
+
+
+@pytest.mark.slow
+def test_more_logits_than_32_bits_count():
+    """N * V past 2^31, forward and backward: the rows of one block, repeated, give that block's bits again."""
+    v, d, block = 32_800, 4, 4096
+    args = make_inputs(block, d, v)
+    many = PAST_INT32 // v // block + 1
+    whole = args | {k: args[k].repeat(many, *[1] * (args[k].dim() - 1)) for k in ("hidden", "targets")}
+    assert whole["hidden"].shape[0] * v > 2**31
+    one = run_with_grads(ops.linear_logprob, args, impl="cpu", grads=())
+    out = run_with_grads(ops.linear_logprob, whole, impl="cpu", grads=())
+    assert torch.equal(out["out0"], one["out0"].repeat(many))
+    n = whole["hidden"].shape[0]
+    dh, dw = gradients(whole, torch.ones(n))
+    dh_one, dw_one = gradients(args, torch.ones(block))
+    assert torch.equal(dh, dh_one.repeat(many, 1))
+    torch.testing.assert_close(dw, dw_one * many, rtol=1e-4, atol=1e-3)
 
 
 def test_non_contiguous():
@@ -215,6 +251,15 @@ def test_compile():
         ({"hidden": torch.zeros(3)}, "hidden must be"),
         ({"weight": torch.zeros(5, 7)}, r"weight must be \(V, 8\)"),
         ({"weight": torch.zeros(5, 8, dtype=torch.bfloat16)}, "weight must be"),
+        ({"weight": torch.zeros(5, 8, device="meta")}, r"weight must be .* on cpu .* on meta"),
+        (
+            {"targets": torch.zeros(3, dtype=torch.int64, device="meta")},
+            "targets must be .* on cpu, got .* on meta",
+        ),
+        (
+            {n: torch.zeros(k, 8).double() for n, k in (("hidden", 3), ("weight", 5))},
+            "hidden must be float32 or",
+        ),
         ({"targets": torch.zeros(2, dtype=torch.int64)}, r"targets must be \(3,\)"),
         ({"targets": torch.zeros(3)}, "targets must be"),
         ({"targets": torch.tensor([0, 5, 1])}, r"targets must lie in \[0, 5\), got values from 0 to 5"),
@@ -230,7 +275,7 @@ def test_bad_arguments(change, message):
         "targets": torch.zeros(3, dtype=torch.int64),
     }
     with pytest.raises(ValueError, match=message):
-        ops.linear_logprob(**(args | change))
+        ops.linear_logprob(**(args | change), impl="cpu")
 
 
 def test_kernel_refuses_targets_out_of_range():

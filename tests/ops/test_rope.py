@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hpsafety import ops, reference
+from tests.ops.forms import PAST_INT32, check_same_bits, lazy_zeros
 from tests.ops.oracle import check_against_oracle, check_error, run_with_grads
 
 MAX_POS = 40
@@ -31,14 +32,6 @@ def make_qkv_inputs(t, g, j, size, dtype=torch.float32, seed=0):
     return dict(zip(("qkv", "positions", "cos", "sin"), (q.unflatten(1, (g, j + 2)), *tables), strict=True))
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads; the old one comes back after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "t, h, g, size",
@@ -55,6 +48,18 @@ def test_matches_oracle(dtype, t, h, g, size):
 )
 def test_qkv_matches_oracle(dtype, t, g, j, size):
     check_against_oracle("rope_qkv", ops.rope_qkv, make_qkv_inputs(t, g, j, size, dtype), grads=("qkv",))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed):
+    """KER-2 on drawn shapes and dtypes, plain and fused."""
+    generator = torch.Generator().manual_seed(seed)
+    t, g, j, half = (int(torch.randint(1, high, (), generator=generator)) for high in (70, 5, 9, 65))
+    dtype = (torch.float32, torch.bfloat16)[seed % 2]
+    args = make_inputs(t, g * j, g, 2 * half, dtype, seed)
+    check_against_oracle("rope", ops.rope, args, grads=("q", "k"))
+    args = make_qkv_inputs(t, g, j, 2 * half, dtype, seed)
+    check_against_oracle("rope_qkv", ops.rope_qkv, args, grads=("qkv",))
 
 
 def test_qkv_equals_split_and_rope():
@@ -126,13 +131,27 @@ def test_non_contiguous():
 
 
 def test_same_bits_again_and_for_any_thread_count(threads):
-    args = make_qkv_inputs(400, 3, 3, 64)
-    threads(1)
-    first = run_with_grads(ops.rope_qkv, args, impl="cpu", grads=("qkv",))
-    for count in (1, 2, 3):
-        threads(count)
-        again = run_with_grads(ops.rope_qkv, args, impl="cpu", grads=("qkv",))
-        assert all(torch.equal(again[name], first[name]) for name in first)
+    check_same_bits(ops.rope_qkv, make_qkv_inputs(200, 3, 3, 64), threads, grads=("qkv",))
+    check_same_bits(ops.rope, make_inputs(200, 3, 3, 64), threads, repeats=6, grads=("q", "k"))
+
+
+def test_nan_stays_in_its_pair():
+    args = make_inputs(3, 2, 1, 8)
+    args["q"][1, 0, 2] = float("nan")
+    q, k = ops.rope(**args, impl="cpu")
+    assert q.isnan().nonzero().tolist() == [[1, 0, 2], [1, 0, 6]] and not k.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offsets_past_32_bits(dtype):
+    """Keys in pages that far apart: token offsets pass 2^31 elements, when read and when written."""
+    args = make_inputs(3, 2, 1, 16, dtype)
+    storage = lazy_zeros(PAST_INT32 + 16, dtype)
+    far = storage.as_strided((3, 1, 16), (PAST_INT32 // 2, 16, 1)).copy_(args["k"])
+    q, k = ops.rope(**args, impl="cpu")
+    assert torch.equal(ops.rope(**args | {"k": far}, impl="cpu")[1], k)
+    ops.rope_(**args | {"k": far}, impl="cpu")
+    assert torch.equal(far, k)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -215,6 +234,11 @@ def test_positions_out_of_range(bad, impl):
         ({"sin": torch.zeros(39, 4)}, "cos and sin must be"),
         ({"sin": torch.zeros(40, 4, dtype=torch.bfloat16)}, "must be float32"),
         ({"cos": torch.zeros(40, 4, device="meta")}, "must be on cpu"),
+        (
+            {"positions": torch.zeros(5, dtype=torch.int32, device="meta")},
+            "positions, cos and sin must be on cpu",
+        ),
+        ({"k": torch.zeros(5, 1, 8, device="meta")}, "k must be like q torch.float32 on cpu"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -5,20 +5,13 @@ import torch
 
 from hpsafety import ops, reference
 from hpsafety.ops.swiglu import backward_op
+from tests.ops.forms import PAST_INT32, check_same_bits, lazy_zeros, need_memory
 from tests.ops.oracle import check_against_oracle, run_with_grads
 
 
 def make_inputs(t, f, dtype=torch.float32, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {"gate_up": torch.randn(t, 2 * f, generator=generator).mul(scale).to(dtype)}
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads; the old one comes back after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -28,6 +21,15 @@ def threads():
 def test_matches_oracle(dtype, t, f):
     """KER-2: forward and backward against fp64 over odd sizes, and one row that is cut among threads."""
     check_against_oracle("swiglu", ops.swiglu, make_inputs(t, f, dtype))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed):
+    """KER-2 on drawn shapes, scales and dtypes."""
+    g = torch.Generator().manual_seed(seed)
+    t, f = (int(torch.randint(1, high, (), generator=g)) for high in (90, 300))
+    dtype, scale = (torch.float32, torch.bfloat16)[seed % 2], 10.0 ** (seed % 4 - 1)
+    check_against_oracle("swiglu", ops.swiglu, make_inputs(t, f, dtype, scale, seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,9 +59,15 @@ def test_every_exponent_is_close():
 
 
 def test_nan_stays_nan():
-    gate_up = torch.tensor([[float("nan"), 1.0, 1.0, float("nan")]])
+    """NaN stays in its column; infinite gates and ups give what torch gives."""
+    nan, inf = float("nan"), float("inf")
+    gate_up = torch.tensor([[nan, 1.0, 1.0, 1.0, nan, 1.0]])
     ours = run_with_grads(ops.swiglu, {"gate_up": gate_up}, impl="cpu")
-    assert ours["out0"].isnan().all() and ours["grad_gate_up"][0, :2].isnan().all()
+    assert ours["out0"].isnan().tolist() == [[True, True, False]]
+    assert ours["grad_gate_up"].isnan().tolist() == [[True, True, False, True, False, False]]
+    pairs = torch.cartesian_prod(*[torch.tensor([-inf, -1.0, 0.0, 2.0, inf])] * 2).T.flatten()[None]
+    assert torch.equal(ops.swiglu(pairs, impl="cpu").isnan(), reference.swiglu(pairs).isnan())
+    torch.testing.assert_close(ops.swiglu(pairs, impl="cpu"), reference.swiglu(pairs), equal_nan=True)
 
 
 def test_backward_returns_y_again():
@@ -84,13 +92,18 @@ def test_non_contiguous():
 
 
 def test_same_bits_again_and_for_any_thread_count(threads):
-    for args in (make_inputs(301, 123), make_inputs(1, 40_001)):
-        threads(1)
-        first = run_with_grads(ops.swiglu, args, impl="cpu")
-        for count in (1, 2, 3):
-            threads(count)
-            again = run_with_grads(ops.swiglu, args, impl="cpu")
-            assert all(torch.equal(again[name], first[name]) for name in first)
+    check_same_bits(ops.swiglu, make_inputs(301, 123), threads)
+    check_same_bits(ops.swiglu, make_inputs(1, 40_001), threads, repeats=6)
+
+
+@pytest.mark.slow
+def test_offsets_past_32_bits():
+    """The last row's offset passes 2^31 elements; the output alone takes 2 GB."""
+    need_memory(4)
+    rows = PAST_INT32 // 2**16 + 2
+    gate_up = lazy_zeros(rows * 2**16, torch.bfloat16).view(rows, 2**16)
+    gate_up[-1] = make_inputs(1, 2**15, torch.bfloat16)["gate_up"][0]
+    assert torch.equal(ops.swiglu(gate_up, impl="cpu")[-1:], ops.swiglu(gate_up[-1:].clone(), impl="cpu"))
 
 
 def test_without_gradient():
