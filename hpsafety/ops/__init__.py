@@ -7,6 +7,7 @@ from hpsafety.ops.linear_cross_entropy import linear_cross_entropy
 from hpsafety.ops.linear_logprob import linear_logprob
 from hpsafety.ops.rms_norm import rms_norm
 from hpsafety.ops.rope import rope, rope_, rope_qkv
+from hpsafety.ops.sample import sample
 from hpsafety.ops.swiglu import swiglu
 from hpsafety.ops.table import table
 
@@ -21,6 +22,7 @@ __all__ = [
     "rope",
     "rope_",
     "rope_qkv",
+    "sample",
     "swiglu",
     "table",
 ]

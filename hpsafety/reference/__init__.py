@@ -14,6 +14,7 @@ from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
 from hpsafety.reference.rms_norm import rms_norm as _rms_norm
 from hpsafety.reference.rope import rope as _rope
 from hpsafety.reference.rope import rope_qkv as _rope_qkv
+from hpsafety.reference.sample import sample as _sample
 from hpsafety.reference.swiglu import swiglu as _swiglu
 
 calls = collections.Counter()
@@ -33,6 +34,7 @@ linear_logprob = _counted(_linear_logprob)
 rms_norm = _counted(_rms_norm)
 rope = _counted(_rope)
 rope_qkv = _counted(_rope_qkv)
+sample = _counted(_sample)
 swiglu = _counted(_swiglu)
 adamw = _counted(_adamw)
 grad_norm_sq = _counted(_grad_norm_sq)
