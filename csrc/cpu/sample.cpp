@@ -107,8 +107,8 @@ struct Candidates {  // in order of index
   void move(int64_t from, int64_t to) { logit[to] = logit[from], index[to] = index[from], weight[to] = weight[from]; }
 };
 
-constexpr int kBucketBits = 11;
-constexpr int32_t kBuckets = 1 << kBucketBits;
+// Logarithm of the number of buckets for n words: enough to leave few of them in one, up to 16 KB of L1.
+inline int bucket_bits(int64_t n) { return std::clamp<int>(std::bit_width(static_cast<uint64_t>(n)), 4, 11); }
 
 struct Scratch {
   std::vector<float> maxima, sorted;
@@ -119,8 +119,9 @@ struct Scratch {
 // The bucket in which the weights, added up from the first, reach target; what is left of target in it; the last bucket
 // where they do not.
 inline int32_t find_bucket(const std::vector<int64_t>& sums, int64_t& target) {
+  const int32_t last = static_cast<int32_t>(sums.size()) - 1;
   int32_t bucket = 0;
-  while (bucket < kBuckets - 1 && target > sums[bucket]) target -= sums[bucket++];
+  while (bucket < last && target > sums[bucket]) target -= sums[bucket++];
   return bucket;
 }
 
@@ -135,9 +136,10 @@ inline uint32_t to_key(float x) {
 Border select(Candidates& c, int64_t target, std::vector<int64_t>& sums) {
   uint32_t low = ~0u, top = 0;
   for (int64_t i = 0; i < c.n; ++i) low = std::min(low, to_key(c.logit[i])), top = std::max(top, to_key(c.logit[i]));
-  for (int shift = 1; shift > 0;) {
-    shift = std::max(0, static_cast<int>(std::bit_width(top - low)) - kBucketBits);
-    sums.assign(kBuckets, 0);
+  for (int shift = 1; shift > 0 && c.n > 1;) {
+    const int bits = bucket_bits(c.n);
+    shift = std::max(0, static_cast<int>(std::bit_width(top - low)) - bits);
+    sums.assign(size_t{1} << bits, 0);
     for (int64_t i = 0; i < c.n; ++i) sums[(top - to_key(c.logit[i])) >> shift] += c.weight[i];
     const uint32_t bucket = find_bucket(sums, target);
     int64_t n = 0;
@@ -179,28 +181,35 @@ void collect(const Row<T>& row, float least_y, Scratch& scratch, Keep&& keep) {
 
 // The border of the smallest set of leading words of the row whose weight, weight(y), reaches target. The words are
 // first put into buckets of equal width in y down to least_y, the last of which takes everything below; then those of
-// the one bucket that matters are selected among. least_y is a guess: a good one spares work, a bad one costs only that.
+// the one bucket that matters are selected among. least_y is a guess: a good one spares work, a bad one costs no more.
 template <typename T, typename Weight>
 Border select_row(const Row<T>& row, int64_t target, float least_y, Scratch& scratch, Weight&& weight) {
   least_y = std::clamp(least_y, -1000.f, -0.001f);
-  const float per_y = (kBuckets - 1) / -least_y, top = row.top, scale = row.scale;
+  const int32_t last = (1 << bucket_bits(row.v)) - 1;
+  const float per_y = last / -least_y, last_as_float = last, top = row.top, scale = row.scale;
   const auto bucket_of = [=](float x) {
-    return static_cast<int32_t>(nearer_to_zero(std::abs((x - top) * scale * per_y), kBuckets - 1));
+    return static_cast<int32_t>(nearer_to_zero(std::abs((x - top) * scale * per_y), last_as_float));
   };
   auto& sums = scratch.histogram;
-  sums.assign(kBuckets, 0);
-  float buffer[kGroup];
-  int32_t buckets[kGroup];
-  int64_t weights[kGroup];
-  for (int64_t g = 0; g < row.groups; ++g) {
-    if (row.y(scratch.maxima[g]) < least_y) continue;
-    const float* x = row.group(g, buffer);
-    for (int64_t i = 0; i < kGroup; ++i) buckets[i] = bucket_of(x[i]);
-    for (int64_t i = 0; i < kGroup; ++i) weights[i] = weight((x[i] - top) * scale);
-    for (int64_t i = 0; i < kGroup; ++i) sums[buckets[i]] += weights[i];
-  }
+  sums.assign(last + 1, 0);
+  std::mutex mutex;
+  at::parallel_for(0, row.groups, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> mine(last + 1);
+    float buffer[kGroup];
+    int32_t buckets[kGroup];
+    int64_t weights[kGroup];
+    for (int64_t g = begin; g < end; ++g) {
+      if (row.y(scratch.maxima[g]) < least_y) continue;
+      const float* x = row.group(g, buffer);
+      for (int64_t i = 0; i < kGroup; ++i) buckets[i] = bucket_of(x[i]);
+      for (int64_t i = 0; i < kGroup; ++i) weights[i] = weight((x[i] - top) * scale);
+      for (int64_t i = 0; i < kGroup; ++i) mine[buckets[i]] += weights[i];
+    }
+    std::lock_guard lock(mutex);
+    for (int32_t i = 0; i <= last; ++i) sums[i] += mine[i];
+  });
   const int32_t bucket = find_bucket(sums, target);
-  const float from = bucket == kBuckets - 1 ? -kInf : least_y;
+  const float from = bucket == last ? -kInf : least_y;
   collect(row, from, scratch, [=](float x) { return bucket_of(x) == bucket; });
   Candidates& c = scratch.candidates;
   for (int64_t i = 0; i < c.n; ++i) c.weight[i] = weight(row.y(c.logit[i]));
@@ -337,9 +346,14 @@ Settings make_settings(double temperature, double top_p, int64_t top_k, int64_t 
 std::tuple<Tensor, Tensor> sample(const Tensor& logits_, double temperature, double top_p, int64_t top_k,
                                   const Tensor& seeds_, const Tensor& positions_) {
   const int64_t b = logits_.size(0), v = logits_.size(1);
-  TORCH_CHECK_VALUE(seeds_.numel() == b && positions_.numel() == b && v <= kMaxWords && (v > 0 || b == 0) &&
-                        temperature >= 0 && top_p > 0 && top_p <= 1 && top_k >= 0,
-                    "sample: arguments out of range");
+  // A compiled graph skips the checks in Python; what follows would read or sum past its bounds.
+  TORCH_CHECK_VALUE(seeds_.numel() == b && positions_.numel() == b,
+                    "sample: expected one seed and one position per row (", b, "), got ", seeds_.numel(), " and ",
+                    positions_.numel());
+  TORCH_CHECK_VALUE(b == 0 || (v > 0 && v <= kMaxWords), "sample: logits must have 1 to 2^23 columns, got ", v);
+  TORCH_CHECK_VALUE(temperature >= 0 && top_p > 0 && top_p <= 1 && top_k >= 0,
+                    "sample: need temperature >= 0, 0 < top_p <= 1, top_k >= 0; got ", temperature, ", ", top_p, ", ",
+                    top_k);
   const auto logits = logits_.stride(1) == 1 ? logits_ : logits_.contiguous();
   const auto seeds = seeds_.to(at::kLong).contiguous(), positions = positions_.to(at::kLong).contiguous();
   auto tokens = at::empty({b}, logits.options().dtype(at::kLong));

@@ -32,16 +32,24 @@ def _check(logits, temperature, top_p, top_k, seeds, positions):
         "sample: logits must be (B, V) float32 or bfloat16, got {} {}", tuple(logits.shape), logits.dtype,
     )  # fmt: skip
     b, v = logits.shape
-    check(0 < v <= MAX_WORDS or b == 0, "sample: logits must have 1 to 2^23 columns, got shape ({}, {})", b, v)
+    check(
+        0 < v <= MAX_WORDS or b == 0, "sample: logits must have 1 to 2^23 columns, got shape ({}, {})", b, v
+    )
     for name, x in (("seeds", seeds), ("positions", positions)):
         check(
             x.shape == (b,) and x.dtype == torch.int64 and x.device == logits.device,
             "sample: {} must be ({},) int64 on {}, got {} {} on {}",
             name, b, logits.device, tuple(x.shape), x.dtype, x.device,
         )  # fmt: skip
-    check(0 <= temperature < math.inf, "sample: temperature must be a finite number >= 0, got {}", temperature)
+    check(
+        0 <= temperature < math.inf, "sample: temperature must be a finite number >= 0, got {}", temperature
+    )
     check(0 < top_p <= 1, "sample: top_p must lie in (0, 1], got {}", top_p)
-    check(top_k >= 0 and top_k == int(top_k), "sample: top_k must be an integer >= 0 (0: all words), got {}", top_k)
+    check(
+        top_k >= 0 and top_k == int(top_k),
+        "sample: top_k must be an integer >= 0 (0: all words), got {}",
+        top_k,
+    )
     if torch.compiler.is_compiling() or b == 0:
         return
     if logits.device.type == "cpu" or os.environ.get("HPSAFETY_CHECK") == "1":

@@ -26,7 +26,17 @@ import torch
 ROUND, KEY_STEP = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)  # Salmon et al., SC 2011
 LOG2_E, LN2 = 1.44269502, 0.693147182
 # (log(1 + r) - r) / r^2 on [-1/4, 1/2], to 5e-9 of the logarithm; (2^r - 1) / r on |r| <= 1/2, to 9e-8 of the power
-LOG = (-0.5, 0.333334535, -0.250000536, 0.199906066, -0.16647768, 0.144820675, -0.13162224, 0.104482777, -0.0449089098)
+LOG = (
+    -0.5,
+    0.333334535,
+    -0.250000536,
+    0.199906066,
+    -0.16647768,
+    0.144820675,
+    -0.13162224,
+    0.104482777,
+    -0.0449089098,
+)
 EXP2 = (0.693147004, 0.240222424, 0.0555073358, 0.00967151299, 0.00132647238)
 MASS_BITS = 40  # finer than any noise reaches, and 2^23 words still sum below 2^63
 MASK = 0xFFFFFFFF
@@ -53,7 +63,9 @@ def _log2(x):
 def mass(y):
     """round(2^y 2^40), int64, for y <= 0; 0 from -41 down."""
     y = y.clamp(min=-64.0)
-    n = (y + 12582912.0) - 12582912.0  # the nearest integer: beside 1.5 * 2^23 a float has no room for a fraction
+    n = (
+        y + 12582912.0
+    ) - 12582912.0  # the nearest integer: beside 1.5 * 2^23 a float has no room for a fraction
     power = 1.0 + (y - n) * _horner(y - n, EXP2)
     scaled = (power.view(torch.int32) + ((n.int() + MASS_BITS) << 23)).view(torch.float32)
     return scaled.round().long()
