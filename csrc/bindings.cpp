@@ -14,6 +14,8 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
         " -> (Tensor grad_x, Tensor grad_weight)");
   m.def("rope_(Tensor q, Tensor k, Tensor? v, Tensor positions, Tensor cos, Tensor sin, bool inverse,"
         " Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!)? v_out) -> ()");
+  m.def("sample(Tensor logits, float temperature, float top_p, int top_k, Tensor seeds, Tensor positions)"
+        " -> (Tensor tokens, Tensor logprobs)");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> (Tensor grad_gate_up, Tensor y)");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor segments, float softmax_scale)"

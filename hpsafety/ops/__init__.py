@@ -11,6 +11,7 @@ from hpsafety.ops.ppo_loss import PPOLoss, ppo_loss
 from hpsafety.ops.reward_score import RewardScore, reward_score
 from hpsafety.ops.rms_norm import rms_norm
 from hpsafety.ops.rope import rope, rope_, rope_qkv
+from hpsafety.ops.sample import sample
 from hpsafety.ops.swiglu import swiglu
 from hpsafety.ops.table import table
 
@@ -31,6 +32,7 @@ __all__ = [
     "rope",
     "rope_",
     "rope_qkv",
+    "sample",
     "swiglu",
     "table",
 ]

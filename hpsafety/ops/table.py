@@ -13,6 +13,7 @@ OPS = {
     "linear_cross_entropy": "linear_cross_entropy",
     "rms_norm": "rms_norm",
     "rope": "rope",
+    "sample": "sample",
     "swiglu": "swiglu",
     "ppo_loss": "ppo_loss",
     "gae": "gae",

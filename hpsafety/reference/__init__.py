@@ -18,6 +18,7 @@ from hpsafety.reference.reward_score import reward_score as _reward_score
 from hpsafety.reference.rms_norm import rms_norm as _rms_norm
 from hpsafety.reference.rope import rope as _rope
 from hpsafety.reference.rope import rope_qkv as _rope_qkv
+from hpsafety.reference.sample import sample as _sample
 from hpsafety.reference.swiglu import swiglu as _swiglu
 
 calls = collections.Counter()
@@ -41,6 +42,7 @@ reward_score = _counted(_reward_score)
 rms_norm = _counted(_rms_norm)
 rope = _counted(_rope)
 rope_qkv = _counted(_rope_qkv)
+sample = _counted(_sample)
 swiglu = _counted(_swiglu)
 adamw = _counted(_adamw)
 grad_norm_sq = _counted(_grad_norm_sq)
