@@ -27,6 +27,11 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
         " -> (Tensor grad_hidden, Tensor grad_weight)");
   m.def("linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor row_weights, bool need_hidden,"
         " bool need_weight) -> (Tensor loss, Tensor logprobs, Tensor grad_hidden, Tensor grad_weight)");
+  m.def("distill_loss(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight,"
+        " str kind, float temperature) -> (Tensor loss, Tensor norm)");
+  m.def("distill_loss_backward(Tensor grad, Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden,"
+        " Tensor teacher_weight, Tensor norm, str kind, float temperature, bool need_hidden, bool need_weight)"
+        " -> (Tensor grad_hidden, Tensor grad_weight)");
   m.def("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, float lr,"
         " float beta1, float beta2, float eps, float weight_decay, Tensor(d!) step, Tensor grad_norm,"
         " float max_norm, Tensor(e!)[] copies) -> ()");

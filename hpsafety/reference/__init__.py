@@ -9,6 +9,7 @@ import functools
 from hpsafety.reference.adamw import adamw as _adamw
 from hpsafety.reference.adamw import grad_norm_sq as _grad_norm_sq
 from hpsafety.reference.attention import attention as _attention
+from hpsafety.reference.distill_loss import distill_loss as _distill_loss
 from hpsafety.reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
 from hpsafety.reference.rms_norm import rms_norm as _rms_norm
@@ -28,6 +29,7 @@ def _counted(function):
     return wrapper
 
 
+distill_loss = _counted(_distill_loss)
 linear_cross_entropy = _counted(_linear_cross_entropy)
 linear_logprob = _counted(_linear_logprob)
 rms_norm = _counted(_rms_norm)
