@@ -42,6 +42,11 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
   m.def("pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float margin_value, Tensor? safe_chosen,"
         " Tensor? safe_rejected, float aux_weight, float? num_pairs, Tensor? num_pairs_tensor)"
         " -> (Tensor loss, Tensor per_pair, Tensor grads)");
+  m.def("distill_loss(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight,"
+        " str kind, float temperature) -> (Tensor loss, Tensor norm)");
+  m.def("distill_loss_backward(Tensor grad, Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden,"
+        " Tensor teacher_weight, Tensor norm, str kind, float temperature, bool need_hidden, bool need_weight)"
+        " -> (Tensor grad_hidden, Tensor grad_weight)");
   m.def("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, float lr,"
         " float beta1, float beta2, float eps, float weight_decay, Tensor(d!) step, Tensor grad_norm,"
         " float max_norm, Tensor(e!)[] copies) -> ()");

@@ -11,6 +11,7 @@ OPS = {
     "attention": "attention",
     "linear_logprob": "linear_logprob",
     "linear_cross_entropy": "linear_cross_entropy",
+    "distill_loss": "distill_loss",
     "rms_norm": "rms_norm",
     "rope": "rope",
     "sample": "sample",

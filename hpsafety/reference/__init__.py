@@ -10,6 +10,7 @@ from hpsafety.reference.adamw import adamw as _adamw
 from hpsafety.reference.adamw import grad_norm_sq as _grad_norm_sq
 from hpsafety.reference.attention import attention as _attention
 from hpsafety.reference.gae import gae as _gae
+from hpsafety.reference.distill_loss import distill_loss as _distill_loss
 from hpsafety.reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
 from hpsafety.reference.pair_loss import pair_loss as _pair_loss
@@ -34,6 +35,7 @@ def _counted(function):
 
 
 gae = _counted(_gae)
+distill_loss = _counted(_distill_loss)
 linear_cross_entropy = _counted(_linear_cross_entropy)
 linear_logprob = _counted(_linear_logprob)
 pair_loss = _counted(_pair_loss)
