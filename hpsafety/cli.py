@@ -6,6 +6,7 @@ running, 2 bad input or usage, 130 interrupted after a clean checkpoint. HPSAFET
 
 import difflib
 import errno
+import functools
 import importlib
 import os
 import sys
@@ -25,6 +26,11 @@ COMMANDS = {
         "supervised fine-tuning on demonstrations, helpful and safe mixed",
         "SFTConfig",
         "hpsafety.stages.sft:run",
+    ),
+    "profile": (
+        "where a step's time goes: profile STAGE [flags of the stage]",
+        None,
+        "hpsafety.profile.command:run",
     ),
     "ops": ("which backend serves each op, and why not the others", None, "hpsafety.cli:show_ops"),
     "doctor": ("what is installed and built, and what is wrong with it", None, "hpsafety.doctor:run"),
@@ -101,10 +107,22 @@ def explain(error: Exception, out: str | None) -> tuple[int, str] | None:
     return None
 
 
+def prepare_profile(args: list[str]):
+    """(the function that profiles a stage's own function, the stage's config); `profile` takes a stage's flags."""
+    from hpsafety.profile import command
+
+    stage, settings, cfg = command.parse(args, COMMANDS)
+    module, function = COMMANDS[stage][2].split(":")
+    call = getattr(importlib.import_module(module), function)
+    return functools.partial(command.run, stage, settings, call=call), cfg
+
+
 def prepare(command: str, args: list[str]):
     """(the function that runs `command`, its config or None). Imports what the command needs."""
     from hpsafety import config, flags
 
+    if command == "profile":
+        return prepare_profile(args)
     summary, config_name, target = COMMANDS[command]
     prog, cfg = f"hpsafety {command}", None
     if config_name is not None:
