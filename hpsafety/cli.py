@@ -13,7 +13,7 @@ import sys
 import traceback
 
 from hpsafety import __version__
-from hpsafety.errors import InputError
+from hpsafety.errors import InputError, RunError
 
 # name -> (summary, config dataclass in hpsafety.config or None, module and function that runs it)
 COMMANDS = {
@@ -100,7 +100,7 @@ def explain(error: Exception, out: str | None) -> tuple[int, str] | None:
         return 2, f"{path}: {error.strerror}; choose another path or change its permissions"
     if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename is not None:
         return 2, f"{path}: {error.strerror}"
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | RunError):
         return 1, str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "hpsafety").startswith("hpsafety"):
         return 1, f"the package {error.name} is not installed: run make, or see hpsafety doctor"

@@ -137,6 +137,7 @@ def owners(events: list[dict]) -> list[tuple[dict, float, str, str, bool]]:
         name = (
             event["name"].removeprefix("hpsafety_cpu::").removeprefix("autograd::engine::evaluate_function: ")
         )
+        name = name.split(" (")[0] if kind == COMMUNICATION else name  # FSDP::all_gather (blocks.0)
         if stack:
             stack[-1][2] += event["dur"]
             outer = stack[-1][3]

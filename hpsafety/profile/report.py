@@ -106,8 +106,12 @@ def _rank_table(ranks: list[dict]) -> list[str]:
 def _table(title: str, rows: list[dict], scale: float, whole: float, count: int) -> list[str]:
     """ms per step of (kind, name) over phases, by kind. scale: ms per step of a microsecond; whole: us in all."""
     kinds, cells, calls = defaultdict(float), defaultdict(lambda: defaultdict(float)), defaultdict(int)
+    large = defaultdict(float)
     for row in rows:
-        name = row["name"] if row["us"] >= MIN_SHARE * whole or row["kind"] == OURS else "the rest"
+        large[row["kind"], row["name"]] += row["us"]
+    for row in rows:
+        kept = row["kind"] in (OURS, row["name"]) or large[row["kind"], row["name"]] >= MIN_SHARE * whole
+        name = row["name"] if kept else "the rest"
         kinds[row["kind"]] += row["us"]
         cells[row["kind"], name][row["phase"]] += row["us"]
         calls[row["kind"], name] += row["calls"]
