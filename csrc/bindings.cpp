@@ -27,6 +27,7 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
         " -> (Tensor grad_hidden, Tensor grad_weight)");
   m.def("linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor row_weights, bool need_hidden,"
         " bool need_weight) -> (Tensor loss, Tensor logprobs, Tensor grad_hidden, Tensor grad_weight)");
+  m.def("accumulate_(Tensor(a!) total, Tensor grad) -> ()");
   m.def("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, float lr,"
         " float beta1, float beta2, float eps, float weight_decay, Tensor(d!) step, Tensor grad_norm,"
         " float max_norm, Tensor(e!)[] copies) -> ()");

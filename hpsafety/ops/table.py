@@ -15,6 +15,7 @@ OPS = {
     "rope": "rope",
     "swiglu": "swiglu",
     "adamw_": "adamw",
+    "accumulate_": "accumulate",
 }
 
 
