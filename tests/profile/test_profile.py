@@ -38,7 +38,17 @@ def profiled(model_dir, tmp_path_factory):
             for i in range(24)]  # fmt: skip
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ("--batch", "4", "--checkpoint-every", "1", "--profile-steps=2", "--profile-warmup", "1", "--epochs", "1")
+    more = (
+        "--batch",
+        "4",
+        "--checkpoint-every",
+        "1",
+        "--profile-steps=2",
+        "--profile-warmup",
+        "1",
+        "--epochs",
+        "1",
+    )
     assert cli.main(words(model_dir, str(data), folder / "out", *more)) == 0
     return folder / "out", json.loads((folder / "out" / "profile.json").read_text())
 
