@@ -47,6 +47,7 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
   m.def("distill_loss_backward(Tensor grad, Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden,"
         " Tensor teacher_weight, Tensor norm, str kind, float temperature, bool need_hidden, bool need_weight)"
         " -> (Tensor grad_hidden, Tensor grad_weight)");
+  m.def("accumulate_(Tensor(a!) total, Tensor grad) -> ()");
   m.def("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, float lr,"
         " float beta1, float beta2, float eps, float weight_decay, Tensor(d!) step, Tensor grad_norm,"
         " float max_norm, Tensor(e!)[] copies) -> ()");

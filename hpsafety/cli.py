@@ -6,13 +6,14 @@ running, 2 bad input or usage, 130 interrupted after a clean checkpoint. HPSAFET
 
 import difflib
 import errno
+import functools
 import importlib
 import os
 import sys
 import traceback
 
 from hpsafety import __version__
-from hpsafety.errors import InputError
+from hpsafety.errors import InputError, RunError
 
 # name -> (summary, config dataclass in hpsafety.config or None, module and function that runs it)
 COMMANDS = {
@@ -25,6 +26,11 @@ COMMANDS = {
         "supervised fine-tuning on demonstrations, helpful and safe mixed",
         "SFTConfig",
         "hpsafety.stages.sft:run",
+    ),
+    "profile": (
+        "where a step's time goes: profile STAGE [flags of the stage]",
+        None,
+        "hpsafety.profile.command:run",
     ),
     "ops": ("which backend serves each op, and why not the others", None, "hpsafety.cli:show_ops"),
     "doctor": ("what is installed and built, and what is wrong with it", None, "hpsafety.doctor:run"),
@@ -94,17 +100,29 @@ def explain(error: Exception, out: str | None) -> tuple[int, str] | None:
         return 2, f"{path}: {error.strerror}; choose another path or change its permissions"
     if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename is not None:
         return 2, f"{path}: {error.strerror}"
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | RunError):
         return 1, str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "hpsafety").startswith("hpsafety"):
         return 1, f"the package {error.name} is not installed: run make, or see hpsafety doctor"
     return None
 
 
+def prepare_profile(args: list[str]):
+    """(the function that profiles a stage's own function, the stage's config); `profile` takes a stage's flags."""
+    from hpsafety.profile import command
+
+    stage, settings, cfg = command.parse(args, COMMANDS)
+    module, function = COMMANDS[stage][2].split(":")
+    call = getattr(importlib.import_module(module), function)
+    return functools.partial(command.run, stage, settings, call=call), cfg
+
+
 def prepare(command: str, args: list[str]):
     """(the function that runs `command`, its config or None). Imports what the command needs."""
     from hpsafety import config, flags
 
+    if command == "profile":
+        return prepare_profile(args)
     summary, config_name, target = COMMANDS[command]
     prog, cfg = f"hpsafety {command}", None
     if config_name is not None:

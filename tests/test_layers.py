@@ -15,7 +15,18 @@ LAYERS = [
     {"train", "rollout"},
     {"safety"},
     {"stages"},
-    {"pipeline", "planner", "report", "demo", "flags", "doctor", "cli", "__main__"},
+    {
+        "pipeline",
+        "planner",
+        "report",
+        "demo",
+        "profile",
+        "flags",
+        "doctor",
+        "doctor_ranks",
+        "cli",
+        "__main__",
+    },
 ]
 MAX_LINES = 400
 TEST_ONLY = {"transformers", "trl", "pytest", "hypothesis"}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as nnf
 
 from hpsafety import ops
+from hpsafety.model.gemm import linear
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _prefill(model, prompts, k, cache) -> torch.Tensor:
             cache.keys[layer, i * k : (i + 1) * k, : b - a] = key[a:b]
             cache.values[layer, i * k : (i + 1) * k, : b - a] = value[a:b]
         out = ops.attention(q, key, value, segments)
-        delta, x = block.mlp(x, nnf.linear(out.flatten(1), block.o, block.o_bias))
+        delta, x = block.mlp(x, linear(out.flatten(1), block.o, block.o_bias))
     last = (ends - 1).to(device).repeat_interleave(k)
     return ops.rms_norm(x[last], model.norm, c.norm_eps, delta[last])[0]
 
@@ -122,7 +123,7 @@ def _decode(model, tokens, cache) -> torch.Tensor:
             cache.values[layer, :, :size].transpose(1, 2),
         )
         out = nnf.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=True)
-        delta, x = block.mlp(x, nnf.linear(out.flatten(1), block.o, block.o_bias))
+        delta, x = block.mlp(x, linear(out.flatten(1), block.o, block.o_bias))
     cache.lengths += 1
     return ops.rms_norm(x, model.norm, model.config.norm_eps, delta)[0]
 

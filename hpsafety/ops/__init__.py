@@ -1,5 +1,6 @@
 """The public ops: contract, checks, autograd and choice of backend, one file per op."""
 
+from hpsafety.ops.accumulate import accumulate_
 from hpsafety.ops.adamw import adamw_, grad_norm_sq
 from hpsafety.ops.attention import attention
 from hpsafety.ops.backends import BackendUnavailable
@@ -20,6 +21,7 @@ __all__ = [
     "BackendUnavailable",
     "PPOLoss",
     "RewardScore",
+    "accumulate_",
     "adamw_",
     "attention",
     "gae",

@@ -21,6 +21,7 @@ OPS = {
     "reward_score": "reward_score",
     "pair_loss": "pair_loss",
     "adamw_": "adamw",
+    "accumulate_": "accumulate",
 }
 
 

@@ -6,6 +6,7 @@
 import collections
 import functools
 
+from hpsafety.reference.accumulate import accumulate as _accumulate
 from hpsafety.reference.adamw import adamw as _adamw
 from hpsafety.reference.adamw import grad_norm_sq as _grad_norm_sq
 from hpsafety.reference.attention import attention as _attention
@@ -36,6 +37,7 @@ def _counted(function):
 
 gae = _counted(_gae)
 distill_loss = _counted(_distill_loss)
+accumulate = _counted(_accumulate)
 linear_cross_entropy = _counted(_linear_cross_entropy)
 linear_logprob = _counted(_linear_logprob)
 pair_loss = _counted(_pair_loss)
