@@ -5,13 +5,11 @@ its own before and after every run, so that all contenders are held against the 
 """
 
 import sys
-import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as nnf
 
+from bench import gemm
 from bench.end_to_end.common import Settings, make_pairs, read_settings, write_json
 
 HEAD_ROWS, REPEATS = 256, 3
@@ -48,40 +46,13 @@ def shapes(settings: Settings) -> list[Shape]:
     return [Shape(name, rows[name], *layer[name], work[name] / total) for name in layer]
 
 
-def _routes(shape: Shape, dtype: torch.dtype) -> dict:
-    """Name -> call; a route this torch lacks is left out."""
-    x = torch.randn(shape.rows, shape.inputs).to(dtype)
-    weight = torch.randn(shape.outputs, shape.inputs).to(dtype)
-    out = torch.empty(shape.rows, shape.outputs, dtype=dtype)
-    routes = {"mm": lambda: torch.mm(x, weight.t(), out=out), "linear": lambda: nnf.linear(x, weight)}
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, shape.rows)
-        point = torch.ops.mkldnn._linear_pointwise
-        point(x, packed, None, "none", [], "")
-        routes["mkldnn packed"] = lambda: point(x, packed, None, "none", [], "")
-    except (AttributeError, RuntimeError, TypeError):
-        pass
-    if dtype == torch.float32:
-        left, right, result = x.numpy(), weight.t().numpy(), out.numpy()
-        routes["numpy"] = lambda: np.matmul(left, right, out=result)
-    return routes
-
-
 def measure(settings: Settings) -> dict[str, dict[str, float]]:
     """Shape -> route -> best GFLOP/s of a few calls."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    rates: dict[str, dict[str, float]] = {}
-    for shape in shapes(settings):
-        rates[shape.name] = {}
-        for route, call in _routes(shape, dtype).items():
-            call()
-            best = float("inf")
-            for _ in range(REPEATS):
-                start = time.perf_counter()
-                call()
-                best = min(best, time.perf_counter() - start)
-            rates[shape.name][route] = 2 * shape.rows * shape.inputs * shape.outputs / best / 1e9
-    return rates
+    return {
+        shape.name: gemm.rates(shape.rows, shape.inputs, shape.outputs, dtype, repeats=REPEATS)
+        for shape in shapes(settings)
+    }
 
 
 def combine(settings: Settings, rates: dict[str, dict[str, float]]) -> float:
