@@ -1,6 +1,7 @@
 """`hpsafety bench` and `hpsafety bench compare`: the package's only door to bench/.
 
-That folder comes with the source checkout and not with the installed package. Nobody imports bench/ (tests/test_layers.py); this file loads bench.harness by name from the folder beside the package.
+That folder comes with the source checkout and not with the installed package. Nobody imports it (tests/test_layers.py);
+this file loads bench.harness by name from the folder beside the package.
 """
 
 import importlib

@@ -17,7 +17,7 @@ from hpsafety.errors import InputError
 
 CONFIDENCE, DRAWS, SEED = 0.99, 2000, 0  # many rows are compared at once, hence 99 %
 LEAST_CHANGE = (
-    0.02  # a smaller change of the median is called none: two builds of the same code differ by as much
+    0.03  # a smaller change of the median is called none: two runs of one program differ by as much
 )
 MACHINE_CHANGE = 0.05
 VERDICTS = ("faster", "slower", "no difference")
@@ -28,9 +28,9 @@ def key(row: dict) -> str:
 
 
 def medians(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Medians of DRAWS resamples in circular blocks of n^(1/3) neighbours."""
+    """Medians of DRAWS resamples in circular blocks of sqrt(n) neighbours."""
     n = len(samples)
-    block = max(1, round(n ** (1 / 3)))
+    block = max(1, round(n**0.5))
     starts = rng.integers(0, n, (DRAWS, -(-n // block)))
     places = (starts[:, :, None] + np.arange(block)) % n
     return np.median(samples[places.reshape(DRAWS, -1)[:, :n]], axis=1)

@@ -154,4 +154,4 @@ def largest_error(got: torch.Tensor, want: torch.Tensor) -> float:
     got, want = got.double(), want.double()
     off = torch.where(got == want, 0.0, (got - want).abs())
     off = torch.where(got.isnan() & want.isnan(), 0.0, off)
-    return float(off.nan_to_num(nan=math.inf).max())
+    return float(off.nan_to_num(nan=math.inf, posinf=math.inf).max())

@@ -24,8 +24,8 @@ PEAK_SHAPE = (
 )  # measured where a case names no GEMMs of its own; the best GEMM of the run counts
 MAX_GEMM_FLOPS = 15e9  # a larger GEMM is measured on fewer of its rows, at least MIN_ROWS
 MIN_ROWS = 256
-MAX_PROBE_BYTES = 256 << 20
-ROOF_BYTES = 4  # roofs of the picture are measured over this many last-level caches
+MAX_PROBE_BYTES = 512 << 20
+ROOF_CACHES, MIN_ROOF_BYTES = 8, 256 << 20  # "memory" is what lies beyond so many last-level caches
 PROBES = 5
 
 
@@ -173,15 +173,15 @@ class Limits:
 
     def measure_roof(self) -> None:
         """Bandwidth of memory itself: over a buffer several times the last-level cache."""
-        self.measure_bytes(self.roof_bytes(), cold=False)
+        self.measure_bytes(self.roof_bytes(), cold=True)
 
     def roof_bytes(self) -> int:
-        return min(MAX_PROBE_BYTES, max(ROOF_BYTES * self.cache_bytes, 64 << 20))
+        return min(MAX_PROBE_BYTES, max(ROOF_CACHES * self.cache_bytes, MIN_ROOF_BYTES))
 
     def record(self) -> dict:
         """All figures, for the result file."""
         roof = self.roof_bytes()
-        measured = (False, roof) in self.probes
+        measured = (True, roof) in self.probes
         return {
             "gemm_gflops": [
                 {"m": m, "k": k, "n": n, "dtype": dtype, "routes": {r: round(x, 1) for r, x in found.items()}}
@@ -191,6 +191,6 @@ class Limits:
                 {"bytes": size, "cache": "cold" if cold else "warm", "calls": {p: 1e3 * s for p, s in found.items()}}
                 for (cold, size), found in self.probes.items()
             ],
-            "memory_gb_per_s": self.bandwidth(roof, cold=False)[0] / 1e9 if measured else None,
+            "memory_gb_per_s": self.bandwidth(roof, cold=True)[0] / 1e9 if measured else None,
             "last_level_cache_bytes": self.cache_bytes,
         }  # fmt: skip

@@ -32,7 +32,9 @@ def read(path: str) -> dict:
         raise InputError(f"{path}: is not JSON; it takes a file that hpsafety bench --json wrote") from None
     if not isinstance(value, dict) or value.get("form") != FORM:
         raise InputError(f"{path}: is not a file that hpsafety bench --json wrote (form {FORM})")
-    for number, row in enumerate(value.get("rows", [])):
+    if not all(isinstance(value.get(k), t) for k, t in (("machine", dict), ("limits", dict), ("rows", list))):
+        raise InputError(f"{path}: lacks machine, limits or rows")
+    for number, row in enumerate(value["rows"]):
         samples = row.get("samples_ms") if isinstance(row, dict) else None
         good = isinstance(samples, list) and samples and all(name in row for name in (*KEY, "ms_p50"))
         if not good or not all(isinstance(s, (int, float)) and math.isfinite(s) and s > 0 for s in samples):

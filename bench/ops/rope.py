@@ -1,5 +1,7 @@
 """rope against the rotate-half form of transformers' Llama, written in torch; tables are gathered by position."""
 
+import functools
+
 import torch
 
 from bench.ops.case import Case
@@ -53,12 +55,14 @@ def case(shape, dtype, device, direction, seed=0) -> Case:
         x = tuple(x.detach().double().requires_grad_(both) for x in (q, key))
         return call(reference.rope, x, (grad_q.double(), grad_k.double()), (cos.double(), sin.double()))
 
-    compiled = torch.compile(_transformers_way)
+    compiled = functools.cache(
+        lambda: torch.compile(_transformers_way)
+    )  # imports the compiler: only when called
     heads = t * (h + g) * k
     return Case(
         op="rope", shape=shape, dtype=dtype, device=device, direction=direction, impls=BACKENDS,
         run=lambda impl: call(lambda *args: ops.rope(*args, impl=impl)),
-        peers={"torch": lambda: call(_transformers_way), "torch.compile": lambda: call(compiled)},
+        peers={"torch": lambda: call(_transformers_way), "torch.compile": lambda: call(compiled())},
         on_request=("torch.compile",), exact=exact,
         flops=3 * heads * (2 if both else 1),
         # heads in and out (and their gradients), positions, and the tables' rows that are used

@@ -1,5 +1,7 @@
 """swiglu against torch's silu and product."""
 
+import functools
+
 import torch
 import torch.nn.functional as nnf
 
@@ -30,11 +32,11 @@ def case(shape, dtype, device, direction, seed=0) -> Case:
     def exact():
         return call(reference.swiglu, gate_up.detach().double().requires_grad_(both), upstream.double())
 
-    compiled = torch.compile(torch_way)
+    compiled = functools.cache(lambda: torch.compile(torch_way))  # imports the compiler: only when called
     return Case(
         op="swiglu", shape=shape, dtype=dtype, device=device, direction=direction, impls=BACKENDS,
         run=lambda impl: call(lambda x: ops.swiglu(x, impl=impl)),
-        peers={"torch": lambda: call(torch_way), "torch.compile": lambda: call(compiled)},
+        peers={"torch": lambda: call(torch_way), "torch.compile": lambda: call(compiled())},
         on_request=("torch.compile",), exact=exact,
         flops=(5 + (9 if both else 0)) * t * f,
         # 2F in, F out; backward: F in, 2F out
