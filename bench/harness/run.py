@@ -20,9 +20,9 @@ from hpsafety.errors import InputError
 
 SECONDS, REPEATS = 2.0, 5  # of each contender: about so long, at least so many calls
 ALL_SECONDS, ALL_REPEATS = (
-    150.0,
-    2,
-)  # `all`: so long in all; a call too slow for its share is repeated less often
+    120.0,
+    1,
+)  # `all`: so long in all; a contender too slow for its share is called once
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ class Session:
         if not calls:
             return []
         cold = is_cold(cfg.cache, case.bytes)
-        self.limits.measure(case, cold)
+        self.limits.measure(case, cold, again=not self.every)
         load = load_average()
         seconds, repeats = cfg.seconds or SECONDS, REPEATS
         if share is not None and cfg.seconds is None:
             seconds = min(SECONDS, max(0.1, (share - 2 * (time.perf_counter() - start)) / len(calls)))
             repeats = ALL_REPEATS
         samples = self.alternate(case, calls, cold, seconds, repeats)
-        self.limits.measure(case, cold)
+        self.limits.measure(case, cold, again=not self.every)
         more = {"cache": "cold" if cold else "warm", "threads": torch.get_num_threads(), "load_average": load}
         limit = self.limits.of(case, cold)
         rows = [make_row(case, impl, taken, limit, **more) for impl, taken in samples.items()]

@@ -104,16 +104,22 @@ def order(repeats: dict[str, int]) -> list[str]:
 def alternate(
     calls: dict[str, Callable], timers: dict[str, Timer], seconds: float, at_least: int
 ) -> dict[str, list[float]]:
-    """Contender -> seconds of each of its calls; about `seconds` a contender. The first call of each is not counted."""
-    estimates = {}
+    """Contender -> seconds of each of its calls; about `seconds` a contender.
+
+    The first call of each is not counted, but where one call is enough (at_least 1) and takes longer than `seconds`.
+    """
+    estimates: dict[str, float] = {}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
         for _ in range(2):  # the first call allocates and warms up; ask again where it is cheap
             start = time.perf_counter()
-            timers[name].seconds(call)
+            taken = timers[name].seconds(call)
             estimates[name] = time.perf_counter() - start
             if estimates[name] > seconds / 4:
                 break
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+        if at_least == 1 and taken > seconds:
+            samples[name].append(taken)
+            del estimates[name]
     gc.collect()
     gc.disable()
     try:
