@@ -23,6 +23,7 @@ ALL_SECONDS, ALL_REPEATS = (
     120.0,
     1,
 )  # `all`: so long in all; a contender too slow for its share is called once
+LEAST_SECONDS = 0.3  # of a contender's share in `all`
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Session:
         load = load_average()
         seconds, repeats = cfg.seconds or SECONDS, REPEATS
         if share is not None and cfg.seconds is None:
-            seconds = min(SECONDS, max(0.1, (share - 2 * (time.perf_counter() - start)) / len(calls)))
+            seconds = min(SECONDS, max(LEAST_SECONDS, (share - (time.perf_counter() - start)) / len(calls)))
             repeats = ALL_REPEATS
         samples = self.alternate(case, calls, cold, seconds, repeats)
         self.limits.measure(case, cold, again=not self.every)

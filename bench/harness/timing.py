@@ -20,6 +20,7 @@ MAX_SWEEP_BYTES, GUESSED_CACHE_BYTES = 1 << 30, 32 << 20
 SWEEP_CACHES = 4  # virtual machines report a share of the cache they use
 COLD_BYTES = 4 << 20  # a case that moves less is timed warm unless told otherwise
 MAX_REPEATS = 300
+LONG_SECONDS = 2.0  # what a first call does beside the work is small against this
 
 
 def last_level_cache_bytes() -> int:
@@ -106,7 +107,7 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Contender -> seconds of each of its calls; about `seconds` a contender.
 
-    The first call of each is not counted, but where one call is enough (at_least 1) and takes longer than `seconds`.
+    The first call of each is not counted, but where one call is enough (at_least 1) and takes over LONG_SECONDS.
     """
     estimates: dict[str, float] = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -117,7 +118,7 @@ def alternate(
             estimates[name] = time.perf_counter() - start
             if estimates[name] > seconds / 4:
                 break
-        if at_least == 1 and taken > seconds:
+        if at_least == 1 and taken > max(seconds, LONG_SECONDS):
             samples[name].append(taken)
             del estimates[name]
     gc.collect()

@@ -133,19 +133,13 @@ def test_order_alternates_and_spreads():
     assert timing.counts({"fast": 1e-5, "slow": 10.0}, 2.0, 5) == {"fast": timing.MAX_REPEATS, "slow": 5}
 
 
-def test_a_call_longer_than_its_share_is_made_once_where_one_is_enough():
-    called = []
+def test_a_long_call_is_made_once_where_one_is_enough(monkeypatch):
     timer = types.SimpleNamespace(seconds=lambda call: call())
-
-    def slow():
-        called.append(1)
-        return 0.5
-
-    assert timing.alternate({"slow": slow}, {"slow": timer}, 0.1, at_least=1) == {"slow": [0.5]}
-    assert (
-        len(called) <= 2
-    )  # the second call replaces the first where the clock of the harness saw it as cheap
-    assert len(timing.alternate({"slow": slow}, {"slow": timer}, 1e-9, at_least=3)["slow"]) == 3
+    monkeypatch.setattr(timing, "LONG_SECONDS", 0.4)
+    assert timing.alternate({"slow": lambda: 0.5}, {"slow": timer}, 0.1, at_least=1) == {"slow": [0.5]}
+    called = []
+    timing.alternate({"slow": lambda: called.append(1) or 0.3}, {"slow": timer}, 1e-12, at_least=3)
+    assert len(called) == 4  # and never without a warm-up call else
 
 
 def test_cold_or_warm():
