@@ -20,7 +20,8 @@ LEAST_CHANGE = (
     0.03  # a smaller change of the median is called none: two runs of one program differ by as much
 )
 MACHINE_CHANGE = 0.05
-VERDICTS = ("faster", "slower", "no difference")
+LEAST_CALLS = 5  # fewer samples have no interval worth the name
+VERDICTS = ("faster", "slower", "no difference", "too few calls")
 
 
 def key(row: dict) -> str:
@@ -62,11 +63,12 @@ def compare(old: dict, new: dict) -> list[dict]:
         was = before.get(key(row))
         if was is None:
             continue
+        calls = min(len(was["samples_ms"]), len(row["samples_ms"]))
         middle, low, high = ratio(was["samples_ms"], row["samples_ms"])
         found.append(
             {name: row[name] for name in results.KEY}
             | {"old_ms": was["ms_p50"], "new_ms": row["ms_p50"], "ratio": middle, "low": low, "high": high}
-            | {"verdict": verdict(middle, low, high)}
+            | {"verdict": verdict(middle, low, high) if calls >= LEAST_CALLS else VERDICTS[-1]}
         )
     return found
 
@@ -126,7 +128,7 @@ def _table(rows: list[dict]) -> None:
     for name in ("old ms", "new ms", "ratio", "interval"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    colours = {"faster": "green", "slower": "red", "no difference": "dim"}
+    colours = {"faster": "green", "slower": "red", "no difference": "dim", "too few calls": "dim"}
     for row in rows:
         table.add_row(
             row["op"], row["impl"], show(row["shape"]), row["dtype"], row["direction"], f"{row['old_ms']:.4g}",

@@ -19,10 +19,8 @@ from bench.ops.case import Case
 from hpsafety.errors import InputError
 
 SECONDS, REPEATS = 2.0, 5  # of each contender: about so long, at least so many calls
-ALL_SECONDS, ALL_REPEATS = (
-    120.0,
-    1,
-)  # `all`: so long in all; a contender too slow for its share is called once
+# `all`: so long in all; one call of a contender that is too slow for its share
+ALL_SECONDS, ALL_REPEATS = 120.0, 1
 LEAST_SECONDS = 0.3  # of a contender's share in `all`
 
 

@@ -236,14 +236,15 @@ def test_compare_matches_rows_by_key_and_tells_of_the_machine(fake, tmp_path, ca
     record = json.loads(path.read_text())
     for row in record["rows"]:
         row["samples_ms"] = [2 * s for s in row["samples_ms"]]
-    record["rows"][1]["threads"] += 1
+    record["rows"][1]["samples_ms"] = [9.0]
+    record["rows"].append(record["rows"][0] | {"threads": 99})
     record["limits"]["memory_gb_per_s"] *= 2
     other.write_text(json.dumps(record))
     capsys.readouterr()
     assert compare.main(types.SimpleNamespace(old=str(path), new=str(other))) == 0
     out, err = capsys.readouterr()
     line = out.splitlines()[1].split("\t")
-    assert len(out.splitlines()) == 2 and line[1] == "cpu" and line[8] == "2" and line[-1] == "slower"
+    assert len(out.splitlines()) == 3 and line[1] == "cpu" and line[8] == "2" and line[-1] == "slower"
     assert (
         "1 slower" in err
         and "2 rows stand in one file only" in err
