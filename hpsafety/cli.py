@@ -32,6 +32,16 @@ COMMANDS = {
         None,
         "hpsafety.profile.command:run",
     ),
+    "bench": (
+        "times the ops against their peers and the machine's limit",
+        "BenchConfig",
+        "hpsafety.bench_command:run",
+    ),
+    "bench compare": (
+        "two result files of bench --json: faster, slower or no difference, row by row",
+        "BenchCompareConfig",
+        "hpsafety.bench_command:compare",
+    ),
     "ops": ("which backend serves each op, and why not the others", None, "hpsafety.cli:show_ops"),
     "doctor": ("what is installed and built, and what is wrong with it", None, "hpsafety.doctor:run"),
     "version": ("the version", None, "hpsafety.cli:show_version"),
@@ -168,10 +178,12 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if args else 2
-    command = "version" if args[0] in ("--version", "-V") else args[0]
+    length = 2 if " ".join(args[:2]) in COMMANDS else 1  # "bench compare" is a command of two words
+    command, rest = " ".join(args[:length]), args[length:]
+    command = "version" if command in ("--version", "-V") else command
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "."
         say("hpsafety", f"unknown command {command!r}{hint} See hpsafety --help")
         return 2
-    return guarded(command, args[1:])
+    return guarded(command, rest)

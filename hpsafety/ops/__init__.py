@@ -4,8 +4,8 @@ from hpsafety.ops.accumulate import accumulate_
 from hpsafety.ops.adamw import adamw_, grad_norm_sq
 from hpsafety.ops.attention import attention
 from hpsafety.ops.backends import BackendUnavailable
-from hpsafety.ops.gae import gae
 from hpsafety.ops.distill_loss import distill_loss
+from hpsafety.ops.gae import gae
 from hpsafety.ops.linear_cross_entropy import linear_cross_entropy
 from hpsafety.ops.linear_logprob import linear_logprob
 from hpsafety.ops.pair_loss import pair_loss

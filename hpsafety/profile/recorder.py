@@ -129,7 +129,7 @@ class Recorder:
         rows = min(getattr(self.cfg, "tokens_per_batch", per_step), per_step)
         shapes = gemm_limit.shapes(self.model_config, max(1, total["tokens"]), total["trained"], rows)
         self._barrier()
-        rates = gemm_limit.measure(shapes, dtype, device)
+        rates = gemm_limit.measure(shapes, dtype, str(device))
         best = {s.name: max(rates[s.name], key=rates[s.name].get) for s in shapes}
         return {"gflops": gemm_limit.combine(shapes, rates), "rows": rows, "rates": rates, "best_route": best}
 

@@ -10,8 +10,8 @@ from hpsafety.reference.accumulate import accumulate as _accumulate
 from hpsafety.reference.adamw import adamw as _adamw
 from hpsafety.reference.adamw import grad_norm_sq as _grad_norm_sq
 from hpsafety.reference.attention import attention as _attention
-from hpsafety.reference.gae import gae as _gae
 from hpsafety.reference.distill_loss import distill_loss as _distill_loss
+from hpsafety.reference.gae import gae as _gae
 from hpsafety.reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
 from hpsafety.reference.pair_loss import pair_loss as _pair_loss

@@ -3,15 +3,13 @@
 The limit is the FLOP-weighted harmonic mean over the forward shapes of the best route of each.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as nnf
 
-HEAD_ROWS, REPEATS = 256, 3
+from hpsafety.train import gemm_rates
+
+HEAD_ROWS = 256
 Rates = dict[str, dict[str, float]]  # shape -> route -> GFLOP/s
 
 
@@ -46,44 +44,9 @@ def shapes(config, tokens: int, head_tokens: int, rows: int) -> list[Shape]:
     ]
 
 
-def _routes(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Name -> call; a route this torch or device lacks is left out."""
-    x = torch.randn(shape.rows, shape.inputs, device=device).to(dtype)
-    weight = torch.randn(shape.outputs, shape.inputs, device=device).to(dtype)
-    out = torch.empty(shape.rows, shape.outputs, dtype=dtype, device=device)
-    routes = {"mm": lambda: torch.mm(x, weight.t(), out=out), "linear": lambda: nnf.linear(x, weight)}
-    if device.type != "cpu":
-        return routes
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, shape.rows)
-        point = torch.ops.mkldnn._linear_pointwise
-        point(x, packed, None, "none", [], "")
-        routes["mkldnn packed"] = lambda: point(x, packed, None, "none", [], "")
-    except (AttributeError, RuntimeError, TypeError):
-        pass
-    if dtype == torch.float32:
-        left, right, result = x.numpy(), weight.t().numpy(), out.numpy()
-        routes["numpy"] = lambda: np.matmul(left, right, out=result)
-    return routes
-
-
-def measure(wanted: list[Shape], dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> Rates:  # noqa: B008
+def measure(wanted: list[Shape], dtype: torch.dtype, device: str = "cpu") -> Rates:
     """The best GFLOP/s of a few calls, per shape and route."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    rates: Rates = {}
-    for shape in wanted:
-        rates[shape.name] = {}
-        for route, call in _routes(shape, dtype, device).items():
-            call()
-            best = float("inf")
-            for _ in range(REPEATS):
-                wait()
-                start = time.perf_counter()
-                call()
-                wait()
-                best = min(best, time.perf_counter() - start)
-            rates[shape.name][route] = 2 * shape.rows * shape.inputs * shape.outputs / best / 1e9
-    return rates
+    return {s.name: gemm_rates.rates(s.rows, s.inputs, s.outputs, dtype, device) for s in wanted}
 
 
 def combine(wanted: list[Shape], rates: Rates) -> float:
