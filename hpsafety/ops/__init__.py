@@ -5,6 +5,7 @@ from hpsafety.ops.attention import attention
 from hpsafety.ops.backends import BackendUnavailable
 from hpsafety.ops.linear_cross_entropy import linear_cross_entropy
 from hpsafety.ops.linear_logprob import linear_logprob
+from hpsafety.ops.paged_attention import paged_attention
 from hpsafety.ops.rms_norm import rms_norm
 from hpsafety.ops.rope import rope, rope_, rope_qkv
 from hpsafety.ops.swiglu import swiglu
@@ -17,6 +18,7 @@ __all__ = [
     "grad_norm_sq",
     "linear_cross_entropy",
     "linear_logprob",
+    "paged_attention",
     "rms_norm",
     "rope",
     "rope_",

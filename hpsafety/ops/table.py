@@ -11,6 +11,7 @@ OPS = {
     "attention": "attention",
     "linear_logprob": "linear_logprob",
     "linear_cross_entropy": "linear_cross_entropy",
+    "paged_attention": "paged_attention",
     "rms_norm": "rms_norm",
     "rope": "rope",
     "swiglu": "swiglu",
