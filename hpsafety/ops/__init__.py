@@ -11,6 +11,7 @@ from hpsafety.ops.linear_logprob import linear_logprob
 from hpsafety.ops.pair_loss import pair_loss
 from hpsafety.ops.ppo_loss import PPOLoss, ppo_loss
 from hpsafety.ops.reward_score import RewardScore, reward_score
+from hpsafety.ops.paged_attention import paged_attention
 from hpsafety.ops.rms_norm import rms_norm
 from hpsafety.ops.rope import rope, rope_, rope_qkv
 from hpsafety.ops.sample import sample
@@ -32,6 +33,7 @@ __all__ = [
     "pair_loss",
     "ppo_loss",
     "reward_score",
+    "paged_attention",
     "rms_norm",
     "rope",
     "rope_",

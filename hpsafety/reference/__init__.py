@@ -17,6 +17,7 @@ from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
 from hpsafety.reference.pair_loss import pair_loss as _pair_loss
 from hpsafety.reference.ppo_loss import ppo_loss as _ppo_loss
 from hpsafety.reference.reward_score import reward_score as _reward_score
+from hpsafety.reference.paged_attention import paged_attention as _paged_attention
 from hpsafety.reference.rms_norm import rms_norm as _rms_norm
 from hpsafety.reference.rope import rope as _rope
 from hpsafety.reference.rope import rope_qkv as _rope_qkv
@@ -43,6 +44,7 @@ linear_logprob = _counted(_linear_logprob)
 pair_loss = _counted(_pair_loss)
 ppo_loss = _counted(_ppo_loss)
 reward_score = _counted(_reward_score)
+paged_attention = _counted(_paged_attention)
 rms_norm = _counted(_rms_norm)
 rope = _counted(_rope)
 rope_qkv = _counted(_rope_qkv)
