@@ -14,7 +14,13 @@ from hpsafety.ops.distill_loss import BACKENDS, KINDS
 
 SHAPES = (
     *({"N": 4096, "D": 576, "D2": 576, "V": 49_152, "KIND": kind} for kind in range(3)),
-    {"N": 512, "D": 2048, "D2": 4096, "V": 32_000, "KIND": 0},  # a Llama 2 7B teaches a student of half its width
+    {
+        "N": 512,
+        "D": 2048,
+        "D2": 4096,
+        "V": 32_000,
+        "KIND": 0,
+    },  # a Llama 2 7B teaches a student of half its width
 )
 CHECK = {"N": 257, "D": 64, "D2": 33, "V": 507, "KIND": 2}
 DIRECTIONS = _linear.DIRECTIONS
@@ -41,7 +47,9 @@ def case(shape, dtype, device, direction, seed=0) -> Case:
     args = hidden, weight, incoming, direction
 
     def ours(impl):
-        return lambda h, w, rows: ops.distill_loss(h, w, teacher_hidden[rows], teacher_weight, kind, impl=impl)
+        return lambda h, w, rows: ops.distill_loss(
+            h, w, teacher_hidden[rows], teacher_weight, kind, impl=impl
+        )
 
     def plain(h, w, rows):
         with torch.no_grad():

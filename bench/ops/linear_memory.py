@@ -1,8 +1,8 @@
 """Extra peak memory of the linear family: beyond inputs, outputs and gradients.
 
 python -m bench.ops.linear_memory [OP ...] [--impl cpu] [--dtype float32] [--threads 2] [--peers]
-Every figure comes from a fresh process, since a peak never goes down: the peak resident set after one call, minus the
-resident set before it (the inputs stand by then, and one small call has loaded the kernels), minus what the call returns.
+Every figure comes from a fresh process: the peak resident set after one call, minus the resident set before it (the
+inputs stand by then, and one small call has loaded the kernels), minus what the call returns.
 """
 
 import argparse
@@ -65,10 +65,18 @@ def main() -> None:
             for direction in module.DIRECTIONS:
                 for contender in (o.impl, *(("torch", "torch chunked") if o.peers else ())):
                     one = json.dumps(
-                        {"op": op, "shape": shape, "dtype": o.dtype, "direction": direction, "contender": contender}
+                        {
+                            "op": op,
+                            "shape": shape,
+                            "dtype": o.dtype,
+                            "direction": direction,
+                            "contender": contender,
+                        }
                     )
                     command = [sys.executable, "-m", "bench.ops.linear_memory", "--threads", str(o.threads)]
-                    done = subprocess.run([*command, "--one", one], capture_output=True, text=True, check=True)
+                    done = subprocess.run(
+                        [*command, "--one", one], capture_output=True, text=True, check=True
+                    )
                     sizes = " ".join(f"{k}={v}" for k, v in shape.items())
                     print(
                         f"{op:21} {sizes:35} {o.dtype} {direction:8} {contender:14} {float(done.stdout):8.1f} MB",

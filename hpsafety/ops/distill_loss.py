@@ -14,7 +14,9 @@ KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 def _fake(student_hidden, student_weight, teacher_hidden, teacher_weight, kind, temperature):
     n = student_hidden.shape[0]
-    return student_hidden.new_empty(n, dtype=torch.float32), student_hidden.new_empty(5, n, dtype=torch.float64)
+    return student_hidden.new_empty(n, dtype=torch.float32), student_hidden.new_empty(
+        5, n, dtype=torch.float64
+    )
 
 
 def _fake_backward(
@@ -121,7 +123,9 @@ def distill_loss(
     check(kind in KINDS, "distill_loss: kind must be one of {}, got {!r}", ", ".join(KINDS), kind)
     temperature = float(temperature)
     check(
-        0 < temperature < math.inf, "distill_loss: temperature must be a finite number > 0, got {}", temperature
+        0 < temperature < math.inf,
+        "distill_loss: temperature must be a finite number > 0, got {}",
+        temperature,
     )
     impl = backends.resolve("distill_loss", impl, BACKENDS, student_hidden.device.type)
     args = student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), kind, temperature
