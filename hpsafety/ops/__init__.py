@@ -8,10 +8,10 @@ from hpsafety.ops.distill_loss import distill_loss
 from hpsafety.ops.gae import gae
 from hpsafety.ops.linear_cross_entropy import linear_cross_entropy
 from hpsafety.ops.linear_logprob import linear_logprob
+from hpsafety.ops.paged_attention import paged_attention
 from hpsafety.ops.pair_loss import pair_loss
 from hpsafety.ops.ppo_loss import PPOLoss, ppo_loss
 from hpsafety.ops.reward_score import RewardScore, reward_score
-from hpsafety.ops.paged_attention import paged_attention
 from hpsafety.ops.rms_norm import rms_norm
 from hpsafety.ops.rope import rope, rope_, rope_qkv
 from hpsafety.ops.sample import sample

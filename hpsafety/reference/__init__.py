@@ -14,10 +14,10 @@ from hpsafety.reference.distill_loss import distill_loss as _distill_loss
 from hpsafety.reference.gae import gae as _gae
 from hpsafety.reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
+from hpsafety.reference.paged_attention import paged_attention as _paged_attention
 from hpsafety.reference.pair_loss import pair_loss as _pair_loss
 from hpsafety.reference.ppo_loss import ppo_loss as _ppo_loss
 from hpsafety.reference.reward_score import reward_score as _reward_score
-from hpsafety.reference.paged_attention import paged_attention as _paged_attention
 from hpsafety.reference.rms_norm import rms_norm as _rms_norm
 from hpsafety.reference.rope import rope as _rope
 from hpsafety.reference.rope import rope_qkv as _rope_qkv
