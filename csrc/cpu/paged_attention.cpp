@@ -17,7 +17,7 @@ using namespace attention;
 
 namespace {
 
-constexpr int64_t kSplit = 3 * kKeys;  // of one sequence of 8192 tokens: 29 splits; partial results are 1/190 of K, V
+constexpr int64_t kSplit = 3 * kKeys;  // 8192 tokens make 29 splits; 3 rows leave 1/190 of the bytes of K, V
 
 struct Part {
   const int32_t* table;       // its pages, in the order of its tokens
@@ -142,7 +142,7 @@ struct Pages {
 
 // Where the n keys or values from `key` on stand. Their lines are asked for at once, values and the next block's keys
 // before the present keys are worked on: rows of one head are too short and too far apart for the hardware to foresee
-// (one thread, fp32, 8192 tokens: 0.6 ms instead of 2.2; into L1 instead of L2: 0.7 to 0.8).
+// (one thread, fp32, one sequence of 8192 tokens, 9 heads on 3, K=64: 0.6 ms instead of 2.2).
 template <typename T>
 void locate(const Pages<T>& pages, const Part& part, int64_t key, int64_t n, int64_t head, int64_t dim,
             const T** rows) {

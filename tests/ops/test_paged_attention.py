@@ -1,5 +1,5 @@
-"""paged_attention. The bugs this file must catch: the last page read to its end instead of to the context's length; a
-split counted from the batch or the table instead of from the start of its part; a prefix dropped in the merge."""
+"""paged_attention. The bugs this file must catch: a last page read to its end instead of to the context's length; a
+prefix dropped in the merge; values summed in another order where they are packed than where they are read in place."""
 
 import itertools
 
@@ -195,7 +195,7 @@ def test_page_size_and_order_of_pages_change_no_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [32, 20])
 def test_alone_or_in_a_batch(dtype, dim):
-    """ROL: a sequence's bits do not depend on the other sequences, nor on how many share its prefix or in what order.
+    """A sequence's bits do not depend on the other sequences, nor on how many share its prefix or in what order.
     With 1 to 40 members a value is read in place or packed, and tiles are full or not."""
     group_of = [0] * 17 + [1] * 3 + [2] * 20
     args = make_inputs(
