@@ -57,7 +57,7 @@ _op = Op(
 def linear_cross_entropy(hidden, weight, targets, row_weights, *, impl=None):
     """-sum_n row_weights[n] * log softmax(hidden @ weight^T)[n, targets[n]], gradients made in the forward.
 
-    hidden       (N, D) fp32 or bf16; the rows that are trained
+    hidden       (N, D) fp32 or bf16; the rows that are trained. Logits are fp32 either way
     weight       (V, D) same dtype
     targets      (N,) int64 in [0, V)
     row_weights  (N,) fp32, no gradient; the loss's denominator goes in here. Rows of weight 0 do not count at all

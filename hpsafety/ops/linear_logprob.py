@@ -98,7 +98,8 @@ def check_linear_inputs(op: str, hidden, weight, targets) -> None:
 def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, *, impl=None):
     """Log-probability of one word per row, log softmax(hidden @ weight^T / temperature); never holds (N, V).
 
-    hidden       (N, D) fp32 or bf16; the rows that are scored or trained and no others
+    hidden       (N, D) fp32 or bf16; the rows that are scored or trained and no others. Logits are fp32 either way;
+                 with bf16 their gradients are rounded to bf16 for the last two GEMMs where the CPU multiplies bf16
     weight       (V, D) same dtype
     targets      (N,) int64 in [0, V)
     temperature  > 0, divides the logits
