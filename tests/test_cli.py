@@ -276,6 +276,23 @@ def test_doctor_reports_and_exits_0(capsys):
     assert "failed" not in text, text
 
 
+def test_doctor_on_optional_packages(monkeypatch):
+    """On CPUs one short line; on CUDA what each package would bring and the command, once per reason."""
+    from hpsafety.ops import apex_backend, flash_attn_backend
+
+    advice = []
+    assert doctor.optional_packages(advice) == "flash-attn, apex: not for CPUs" and not advice
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(flash_attn_backend, "missing", lambda op: None)
+    monkeypatch.setattr(apex_backend, "missing", lambda op: f"not installed: {apex_backend.INSTALL}")
+    assert doctor.optional_packages(advice) == "attention: flash-attn"
+    (line,) = advice
+    assert (
+        line.startswith("optional, fused AdamW and RMSNorm")
+        and "pip install -v --no-build-isolation ." in line
+    )
+
+
 def test_doctor_without_torch(tmp_path):
     """A planted torch that does not import: advice instead of a traceback."""
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open shared object file')\n")

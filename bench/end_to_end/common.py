@@ -90,15 +90,11 @@ def needed_flops(settings: Settings) -> float:
     Forward: linear layers once per token, attention's causal pairs, the head on response tokens only.
     """
     from hpsafety import PromptGroup
-    from hpsafety.data.batches import predicted_flops
+    from hpsafety.model.config import from_hf
+    from hpsafety.train.work import forward_flops
 
-    c = settings.config
-    shape = {
-        "num_layers": c["num_hidden_layers"], "width": c["hidden_size"], "mlp_width": c["intermediate_size"],
-        "num_heads": c["num_attention_heads"], "num_kv_heads": c["num_key_value_heads"],
-        "head_dim": c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], "vocab_size": c["vocab_size"],
-    }  # fmt: skip
-    return 3 * sum(predicted_flops(PromptGroup(p, [r]), **shape) for p, r in make_pairs(settings))
+    config = from_hf(settings.config)
+    return 3 * sum(forward_flops(config, PromptGroup(p, [r])) for p, r in make_pairs(settings))
 
 
 def timed_run(step, all_steps: list[list[Pair]], lr: float, note: str) -> Run:

@@ -1,98 +1,38 @@
 """The machine's best GEMM rate at this model's shapes: python -m bench.end_to_end.limit SETTINGS.json RESULT.json.
 
-The limit is the FLOP-weighted harmonic mean over the forward shapes of the best route of each. Measured in a process of
-its own before and after every run, so that all contenders are held against the best the machine showed in the session.
+How it is measured stands in hpsafety/train/gemm_limit.py. Here it runs in a process of its own before and after every
+run, so that all contenders are held against the best the machine showed in the session.
 """
 
 import sys
-import time
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as nnf
 
 from bench.end_to_end.common import Settings, make_pairs, read_settings, write_json
+from hpsafety.model.config import from_hf
+from hpsafety.train import gemm_limit
+from hpsafety.train.gemm_limit import Rates, Shape, best_of
 
-HEAD_ROWS, REPEATS = 256, 3
-
-
-@dataclass(frozen=True)
-class Shape:
-    """x (rows, inputs) times a weight (outputs, inputs); share: its FLOPs in a forward pass over the data."""
-
-    name: str
-    rows: int
-    inputs: int
-    outputs: int
-    share: float
+__all__ = ["best_of", "combine", "measure"]
 
 
 def shapes(settings: Settings) -> list[Shape]:
     """The model's linear layers at a full micro-batch, and the head at a block of response rows."""
-    c = settings.config
-    width, mlp, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
-    head_dim = c.get("head_dim") or width // heads
     pairs = make_pairs(settings)
     response_tokens = sum(len(response) for _, response in pairs)
     all_tokens = response_tokens + sum(len(prompt) for prompt, _ in pairs)
-    layer = {
-        "gate_up": (width, 2 * mlp), "down": (mlp, width), "o": (heads * head_dim, width),
-        "qkv": (width, (heads + 2 * c["num_key_value_heads"]) * head_dim),
-    }  # fmt: skip
-    work = {name: c["num_hidden_layers"] * all_tokens * k * n for name, (k, n) in layer.items()}
-    work["head"] = response_tokens * width * c["vocab_size"]
-    total = sum(work.values())
-    rows = {name: settings.tokens_per_batch for name in layer} | {"head": HEAD_ROWS}
-    layer["head"] = (width, c["vocab_size"])
-    return [Shape(name, rows[name], *layer[name], work[name] / total) for name in layer]
+    return gemm_limit.shapes(from_hf(settings.config), all_tokens, response_tokens, settings.tokens_per_batch)
 
 
-def _routes(shape: Shape, dtype: torch.dtype) -> dict:
-    """Name -> call; a route this torch lacks is left out."""
-    x = torch.randn(shape.rows, shape.inputs).to(dtype)
-    weight = torch.randn(shape.outputs, shape.inputs).to(dtype)
-    out = torch.empty(shape.rows, shape.outputs, dtype=dtype)
-    routes = {"mm": lambda: torch.mm(x, weight.t(), out=out), "linear": lambda: nnf.linear(x, weight)}
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, shape.rows)
-        point = torch.ops.mkldnn._linear_pointwise
-        point(x, packed, None, "none", [], "")
-        routes["mkldnn packed"] = lambda: point(x, packed, None, "none", [], "")
-    except (AttributeError, RuntimeError, TypeError):
-        pass
-    if dtype == torch.float32:
-        left, right, result = x.numpy(), weight.t().numpy(), out.numpy()
-        routes["numpy"] = lambda: np.matmul(left, right, out=result)
-    return routes
-
-
-def measure(settings: Settings) -> dict[str, dict[str, float]]:
+def measure(settings: Settings) -> Rates:
     """Shape -> route -> best GFLOP/s of a few calls."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    rates: dict[str, dict[str, float]] = {}
-    for shape in shapes(settings):
-        rates[shape.name] = {}
-        for route, call in _routes(shape, dtype).items():
-            call()
-            best = float("inf")
-            for _ in range(REPEATS):
-                start = time.perf_counter()
-                call()
-                best = min(best, time.perf_counter() - start)
-            rates[shape.name][route] = 2 * shape.rows * shape.inputs * shape.outputs / best / 1e9
-    return rates
+    return gemm_limit.measure(shapes(settings), dtype)
 
 
-def combine(settings: Settings, rates: dict[str, dict[str, float]]) -> float:
+def combine(settings: Settings, rates: Rates) -> float:
     """GFLOP/s of the whole forward mix when every shape goes its best route."""
-    return 1 / sum(shape.share / max(rates[shape.name].values()) for shape in shapes(settings))
-
-
-def best_of(measurements: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Per shape and route the best of several measurements."""
-    first = measurements[0]
-    return {s: {r: max(m[s].get(r, 0.0) for m in measurements) for r in first[s]} for s in first}
+    return gemm_limit.combine(shapes(settings), rates)
 
 
 def main(settings_path: str, result_path: str) -> None:

@@ -7,7 +7,6 @@ Nothing is reported unless the first-step losses agree. See bench/README.md for 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,12 +16,12 @@ from pathlib import Path
 
 from bench.end_to_end.common import Settings, count_tokens, make_pairs, needed_flops, write_json
 from bench.end_to_end.table import print_table, summarise
+from bench.machine import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "bench"
 CONTENDERS = ("hpsafety", "trl", "transformers", "trl-padded")
 TOLERANCE = 1e-3  # on the first step's loss, per response token
-PACKAGES = ("torch", "numpy", "transformers", "trl", "accelerate", "datasets")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -137,24 +136,6 @@ def run_all(options: argparse.Namespace, settings: Settings) -> tuple[list[dict]
                 )
             check_losses(runs)
     return runs, limits
-
-
-def machine(threads: int) -> dict:
-    """What the numbers were measured on."""
-    import importlib.metadata
-
-    import torch
-
-    from hpsafety.doctor import cpu_facts, memory_gb
-
-    model, features = cpu_facts()
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {
-        "cpu": model, "features": features, "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(), "threads": threads, "memory": memory_gb(), "system": platform.platform(),
-        "python": platform.python_version(), "load_average": os.getloadavg(),
-        "versions": {name: installed.get(name) for name in PACKAGES},
-    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,1 +1,1 @@
-"""One microbenchmark per op, all under one harness (harness.py); run by `hpsafety bench`."""
+"""One microbenchmark per op, in the form of case.py; bench/harness runs them: `hpsafety bench`."""

@@ -27,6 +27,11 @@ class Case:
     bytes    strictly needed traffic of one call: every input read once, every output written once
     gemms    (M, K, N, count) of the GEMMs that the work consists of; empty for an op bound by bytes
     note     what a reader of the row must know, or ""
+    unpack   peer -> what makes the tensors to check of its result, where a peer works in a layout of its own; not timed
+    on_request  peers that are timed only when --impl names them (slow to compile, or far behind)
+
+    Each call is made once at CHECK before anything is timed; one that writes in place has a state of its own, so that
+    this first call starts from the very inputs that exact() starts from.
     """
 
     op: str
@@ -42,3 +47,5 @@ class Case:
     peers: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = field(default_factory=dict)
     gemms: tuple[tuple[int, int, int, int], ...] = ()
     note: str = ""
+    unpack: dict[str, Callable[[tuple], tuple[torch.Tensor, ...]]] = field(default_factory=dict)
+    on_request: tuple[str, ...] = ()

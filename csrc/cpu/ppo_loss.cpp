@@ -1,6 +1,6 @@
 // ppo_loss: the clipped policy and value losses, the entropy bonus, the metrics and all gradients.
-// Limit: bytes. One pass reads each token's 25 bytes (29 with entropy) and writes its 8 (12) of gradients. The gradients
-// are those of n * loss, so that n, which this very pass may have to count, is needed only where backward scales them.
+// Limit: bytes. One pass reads the 25 bytes (29 with entropy) of a token and writes 8 (12) of gradients. These are the
+// gradients of n * loss: n, which this very pass may have to count, is needed only where backward scales them.
 
 #include "streams.h"
 
@@ -46,7 +46,7 @@ Vec value_error(Vec v, Vec v_old, Vec target, float clip, Vec& error) {
   const Vec step = v - v_old, plain = v - target;
   const Vec clipped = v_old + at::vec::clamp(step, Vec(-clip), Vec(clip)) - target;
   const Vec squared = plain * plain, squared_clipped = clipped * clipped;
-  const Vec keep = squared >= squared_clipped;  // ties go to the unclipped one, NaN to the clipped one, which is NaN too
+  const Vec keep = squared >= squared_clipped;  // ties: the unclipped one; NaN: the clipped one, NaN too
   error = where(keep, plain, where(step.abs() <= Vec(clip), clipped, Vec(0.f)));
   return where(keep, squared, squared_clipped);
 }

@@ -2,9 +2,9 @@
 // sums in double whose order does not depend on the threads, and the loss's denominator.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "common.h"

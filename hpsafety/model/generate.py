@@ -1,16 +1,17 @@
 """Text from a model: prompts prefilled as one packed row, then one token per sequence and step with a KV cache.
 
 Simple and correct; the paged engine takes its place in hpsafety/rollout. Rows leave the batch as they finish.
-A draw is keyed by (seed, prompt index, sample index, position), so it depends on nothing else in the batch.
+A draw is keyed by (seed, prompt index, sample index, position), so it depends on nothing else in the batch; position
+counts the new tokens from 0.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as nnf
 
 from hpsafety import ops
+from hpsafety.model.gemm import linear
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,27 @@ def _check(config, prompts, k, max_new_tokens, temperature, top_p, top_k) -> Non
             )
 
 
-def _allowed(logits_V: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """bool (V,): the smallest set of most likely tokens with mass >= top_p, at most top_k; ties by index."""
-    order = torch.sort(logits_V, descending=True, stable=True).indices
-    keep = torch.ones_like(order, dtype=torch.bool)
-    if top_k:
-        keep[top_k:] = False
-    if top_p < 1.0:
-        mass = torch.softmax(logits_V[order].double(), 0).cumsum(0)
-        keep &= torch.cat([mass.new_zeros(1), mass[:-1]]) < top_p
-    return torch.zeros_like(keep).index_put_((order,), keep)
+_MASK = 2**64 - 1
 
 
-def _draw(logits_V: torch.Tensor, key: tuple[int, int, int, int], top_p: float, top_k: int) -> int:
-    """Gumbel-max with a counter-based generator: the key alone decides the noise."""
-    noise = np.random.Generator(np.random.Philox(key=key[0] & (2**64 - 1), counter=[0, *key[1:]]))
-    gumbel = torch.from_numpy(noise.gumbel(size=logits_V.shape[0])).to(logits_V.device)
-    scores = logits_V.double() + gumbel
-    if top_p < 1.0 or top_k:
-        scores = scores.masked_fill(~_allowed(logits_V, top_p, top_k), -torch.inf)
-    return int(scores.argmax())
+def _mix(x: int) -> int:
+    """The output step of splitmix64: a bijection of 64-bit integers that changes half of the bits for any one."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)
+
+
+def _row_seed(seed: int, prompt_index: int, sample_index: int) -> int:
+    """The int64 key of one response's draws.
+
+    Each number is added, times splitmix64's odd increment, to the mix of those before it. So the samples of one prompt
+    never share a key, nor do the prompts of one seed at the same sample; the rest meet by chance, one pair in 2^64.
+    """
+    state = seed & _MASK
+    for number in (prompt_index, sample_index):
+        state = _mix(state) + (number + 1) * 0x9E3779B97F4A7C15 & _MASK
+    state = _mix(state)
+    return state - 2**64 if state >= 2**63 else state
 
 
 class _Cache:
@@ -99,7 +101,7 @@ def _prefill(model, prompts, k, cache) -> torch.Tensor:
             cache.keys[layer, i * k : (i + 1) * k, : b - a] = key[a:b]
             cache.values[layer, i * k : (i + 1) * k, : b - a] = value[a:b]
         out = ops.attention(q, key, value, segments)
-        delta, x = block.mlp(x, nnf.linear(out.flatten(1), block.o, block.o_bias))
+        delta, x = block.mlp(x, linear(out.flatten(1), block.o, block.o_bias))
     last = (ends - 1).to(device).repeat_interleave(k)
     return ops.rms_norm(x[last], model.norm, c.norm_eps, delta[last])[0]
 
@@ -121,7 +123,7 @@ def _decode(model, tokens, cache) -> torch.Tensor:
             cache.values[layer, :, :size].transpose(1, 2),
         )
         out = nnf.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=True)
-        delta, x = block.mlp(x, nnf.linear(out.flatten(1), block.o, block.o_bias))
+        delta, x = block.mlp(x, linear(out.flatten(1), block.o, block.o_bias))
     cache.lengths += 1
     return ops.rms_norm(x, model.norm, model.config.norm_eps, delta)[0]
 
@@ -143,19 +145,13 @@ def generate(model, prompts, k, max_new_tokens, temperature, top_p, top_k, seed,
     out: dict[tuple[int, int], tuple[list, list]] = {key: ([], []) for key in live}
     finished: dict[tuple[int, int], str] = {}
     hidden = _prefill(model, prompts, k, cache)
+    seeds = torch.tensor([_row_seed(seed, *key) for key in live], device=hidden.device)
     for position in range(max_new_tokens):
-        logits = nnf.linear(hidden, model.head_weight).float() / (temperature or 1.0)
-        drawn = (
-            logits.argmax(-1).tolist()
-            if temperature == 0
-            else [
-                _draw(row, (seed, *key, position), top_p, top_k)
-                for key, row in zip(live, logits, strict=True)
-            ]
+        logits = nnf.linear(hidden, model.head_weight)
+        tokens, logprobs = ops.sample(
+            logits, temperature, top_p, top_k, seeds, torch.full_like(seeds, position)
         )
-        tokens = torch.tensor(drawn, device=logits.device)
-        logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
-        for key, token, logprob in zip(live, drawn, logprobs, strict=True):
+        for key, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
             out[key][0].append(token)
             out[key][1].append(logprob)
             if token in stop:
@@ -167,7 +163,7 @@ def generate(model, prompts, k, max_new_tokens, temperature, top_p, top_k, seed,
             live = [live[row] for row in rows]
             index = torch.tensor(rows, device=tokens.device)
             cache.keep(index)
-            tokens = tokens[index]
+            tokens, seeds = tokens[index], seeds[index]
         hidden = _decode(model, tokens, cache)
     return [Rollout(*key, *out[key], finished.get(key, "length")) for key in out]
 

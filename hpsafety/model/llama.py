@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpsafety import ops
 from hpsafety.model.fused import norm_linear, swiglu_linear
+from hpsafety.model.gemm import linear
 from hpsafety.model.rope import rope_tables
 
 
@@ -57,7 +58,7 @@ class Block(nn.Module):
         qkv, x_TD = self.project_qkv(x_TD, delta_TD)
         q_THK, k_TGK, v_TGK = ops.rope_qkv(qkv, positions_T, cos, sin)
         out_THK = ops.attention(q_THK, k_TGK, v_TGK, segments)
-        delta_TD = nnf.linear(out_THK.flatten(1), self.o, self.o_bias)
+        delta_TD = linear(out_THK.flatten(1), self.o, self.o_bias)
         delta_TD, x_TD = self.mlp(x_TD, delta_TD)
         return x_TD, delta_TD
 

@@ -6,10 +6,11 @@ Both work on lists of local tensors outside of autograd and are never traced, so
 import torch
 
 from hpsafety import reference
-from hpsafety.ops import backends
+from hpsafety.ops import apex_backend, backends
 from hpsafety.ops.registration import check
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "apex")
+NORM_BACKENDS = ("cpu",)
 GRAD_DTYPES = (torch.float32, torch.bfloat16)
 LOW_DTYPES = (torch.bfloat16,)
 
@@ -102,9 +103,8 @@ def adamw_(
         for old, fresh in zip(written, [*new[0], *new[1], *new[2], new[3], *copied], strict=True):
             old.copy_(fresh)
         return
-    backends.cpu().adamw_(
-        params, grads, exp_avg, exp_avg_sq, lr, *betas, eps, weight_decay, step, grad_norm, max_norm, copies
-    )
+    run = apex_backend.adamw_ if impl == "apex" else backends.cpu().adamw_
+    run(params, grads, exp_avg, exp_avg_sq, lr, *betas, eps, weight_decay, step, grad_norm, max_norm, copies)
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def grad_norm_sq(grads, *, impl=None):
         good = grad.dtype in GRAD_DTYPES
         check(good, "grad_norm_sq: grads[{}] must be float32 or bfloat16, got {}", i, grad.dtype)
     device = grads[0].device.type if grads else "cpu"
-    impl = backends.resolve("grad_norm_sq", impl, BACKENDS, device)
+    impl = backends.resolve("grad_norm_sq", impl, NORM_BACKENDS, device)
     if impl == "reference" or not grads:
         return reference.grad_norm_sq(grads)
     return backends.cpu().grad_norm_sq(grads)

@@ -5,10 +5,10 @@ import math
 import torch
 
 from hpsafety import reference
-from hpsafety.ops import backends
+from hpsafety.ops import backends, flash_attn_backend
 from hpsafety.ops.registration import Op, check
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "flash_attn")
 MAX_HEAD_DIM = 256
 
 
@@ -25,7 +25,10 @@ _backward_op = Op(
     "attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor segments, float softmax_scale,"
     " bool deterministic) -> (Tensor, Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().attention_backward(*args[:-1])},
+    {
+        "cpu": lambda *args: backends.cpu().attention_backward(*args[:-1]),
+        "flash_attn": flash_attn_backend.attention_backward,
+    },
     _fake_backward,
 )
 
@@ -49,7 +52,7 @@ def _backward(ctx, grad, _):
 _op = Op(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor segments, float softmax_scale, bool deterministic) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().attention(*args[:-1])},
+    {"cpu": lambda *args: backends.cpu().attention(*args[:-1]), "flash_attn": flash_attn_backend.attention},
     _fake,
     _setup_context,
     _backward,
@@ -99,7 +102,8 @@ def _check(q, k, v, segments, softmax_scale):
 def attention(q, k, v, segments, softmax_scale=None, deterministic=False, *, impl=None):
     """Packed causal attention with shared prefixes and grouped query heads.
 
-    q              (T, H, K) fp32 or bf16, K <= 256; may be a view whose last dim is contiguous
+    q              (T, H, K) fp32 or bf16 (flash_attn: bf16 or fp16), K <= 256; may be a view whose last dim is
+                   contiguous
     k, v           (T, G, K) like q; query head h reads kv head h // (H / G)
     segments       (S, 4) int32: start, end, prefix_start, prefix_end, sorted by start. Row i of start..end-1 sees
                    all rows prefix_start..prefix_end-1 and the rows start..i; equal prefix bounds mean no prefix
@@ -114,11 +118,11 @@ def attention(q, k, v, segments, softmax_scale=None, deterministic=False, *, imp
     """
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     _check(q, k, v, segments, softmax_scale)
-    impl = backends.resolve("attention", impl, BACKENDS, q.device.type)
+    impl = backends.resolve("attention", impl, BACKENDS, q.device.type, q.dtype)
     if impl == "reference":
         return reference.attention(q, k, v, segments, softmax_scale)
     check(
-        q.dtype in (torch.float32, torch.bfloat16),
+        q.dtype in (torch.float32, torch.bfloat16) or impl == "flash_attn",
         "attention: q must be float32 or bfloat16, got {}",
         q.dtype,
     )

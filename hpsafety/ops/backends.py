@@ -4,6 +4,7 @@ Nothing is probed at import. A forced backend that is missing raises BackendUnav
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -13,6 +14,12 @@ from pathlib import Path
 import torch
 
 IMPLS = ("reference", "cpu", "triton", "cuda", "flash_attn", "apex")
+# (op, impl) -> the module of hpsafety.ops that wraps an optional package and knows why it cannot serve
+OPTIONAL = {
+    ("adamw_", "apex"): "apex_backend",
+    ("attention", "flash_attn"): "flash_attn_backend",
+    ("rms_norm", "apex"): "apex_backend",
+}
 log = logging.getLogger("hpsafety")
 
 
@@ -67,8 +74,10 @@ def _say_once(line: str) -> None:
     log.info(line)
 
 
-def unavailable(op: str, impl: str, backends: tuple[str, ...], device: str) -> str | None:
-    """Why `impl` cannot serve `op` on `device`; None when it can."""
+def unavailable(
+    op: str, impl: str, backends: tuple[str, ...], device: str, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why `impl` cannot serve `op` on `device` (and in `dtype`, where it is known); None when it can."""
     if impl not in IMPLS:
         return f"{op}: unknown impl {impl!r}; choose one of {', '.join(IMPLS)}"
     if impl == "reference":
@@ -79,24 +88,31 @@ def unavailable(op: str, impl: str, backends: tuple[str, ...], device: str) -> s
         if device != "cpu":
             return f"{op}: the cpu backend needs CPU tensors, got device {device}; move them with .cpu()"
         return None if cpu_status()[0] else f"{op}: {cpu_status()[1]}"
+    if (op, impl) in OPTIONAL:
+        reason = importlib.import_module(f"hpsafety.ops.{OPTIONAL[op, impl]}").unavailable(op, device, dtype)
+        return reason and f"{op}: {reason}"
     return None
 
 
-def resolve(op: str, impl: str | None, backends: tuple[str, ...], device: str) -> str:
+def resolve(
+    op: str, impl: str | None, backends: tuple[str, ...], device: str, dtype: torch.dtype | None = None
+) -> str:
     """The backend's name for one call.
 
     impl      what the caller asked for; None reads HPSAFETY_IMPL, and after that picks by device and what is built
-    backends  what the op has beside its reference, the preferred one first
+    backends  what the op has beside its reference, the preferred one first. Optional packages stand last: they serve
+              unasked only where nothing of our own is there and the reference would have to
+    dtype     of the call, where a backend may depend on it
     Raises ValueError for an unknown name, BackendUnavailable for a forced backend that cannot serve.
     """
     impl = impl or os.environ.get("HPSAFETY_IMPL") or None
     if impl is not None:
-        reason = unavailable(op, impl, backends, device)
+        reason = unavailable(op, impl, backends, device, dtype)
         if reason is not None:
             raise ValueError(reason) if impl not in IMPLS else BackendUnavailable(reason)
         return impl
     for name in backends:
-        if unavailable(op, name, backends, device) is None:
+        if unavailable(op, name, backends, device, dtype) is None:
             return name
     _say_once(f"{op}: served by the reference on {device} (slow)")
     return "reference"

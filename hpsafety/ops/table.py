@@ -11,14 +11,17 @@ OPS = {
     "attention": "attention",
     "linear_logprob": "linear_logprob",
     "linear_cross_entropy": "linear_cross_entropy",
+    "distill_loss": "distill_loss",
     "rms_norm": "rms_norm",
     "rope": "rope",
+    "sample": "sample",
     "swiglu": "swiglu",
     "ppo_loss": "ppo_loss",
     "gae": "gae",
     "reward_score": "reward_score",
     "pair_loss": "pair_loss",
     "adamw_": "adamw",
+    "accumulate_": "accumulate",
 }
 
 
@@ -31,7 +34,7 @@ def table() -> list[dict]:
         serving = backends.resolve(op, None, have, device)
         for impl in backends.IMPLS:
             reason = backends.unavailable(op, impl, have, device)
-            why = reason.split(": ", 1)[-1] if reason else "available when forced"
+            why = reason.removeprefix(f"{op}: ") if reason else "available when forced"
             if impl == serving:
                 why = f"serves on {device}"
             elif impl == "reference":

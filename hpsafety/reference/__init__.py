@@ -6,9 +6,11 @@
 import collections
 import functools
 
+from hpsafety.reference.accumulate import accumulate as _accumulate
 from hpsafety.reference.adamw import adamw as _adamw
 from hpsafety.reference.adamw import grad_norm_sq as _grad_norm_sq
 from hpsafety.reference.attention import attention as _attention
+from hpsafety.reference.distill_loss import distill_loss as _distill_loss
 from hpsafety.reference.gae import gae as _gae
 from hpsafety.reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
@@ -18,6 +20,7 @@ from hpsafety.reference.reward_score import reward_score as _reward_score
 from hpsafety.reference.rms_norm import rms_norm as _rms_norm
 from hpsafety.reference.rope import rope as _rope
 from hpsafety.reference.rope import rope_qkv as _rope_qkv
+from hpsafety.reference.sample import sample as _sample
 from hpsafety.reference.swiglu import swiglu as _swiglu
 
 calls = collections.Counter()
@@ -33,6 +36,8 @@ def _counted(function):
 
 
 gae = _counted(_gae)
+distill_loss = _counted(_distill_loss)
+accumulate = _counted(_accumulate)
 linear_cross_entropy = _counted(_linear_cross_entropy)
 linear_logprob = _counted(_linear_logprob)
 pair_loss = _counted(_pair_loss)
@@ -41,6 +46,7 @@ reward_score = _counted(_reward_score)
 rms_norm = _counted(_rms_norm)
 rope = _counted(_rope)
 rope_qkv = _counted(_rope_qkv)
+sample = _counted(_sample)
 swiglu = _counted(_swiglu)
 adamw = _counted(_adamw)
 grad_norm_sq = _counted(_grad_norm_sq)

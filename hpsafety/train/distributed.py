@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hpsafety.train import phases
+
 ENTRY_POINTS = ("logprobs", "nll")  # methods beside forward that use parameters
 
 
@@ -95,7 +97,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 def all_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """The sum over ranks, on every rank."""
     if world.size > 1:
-        dist.all_reduce(tensor)
+        with phases.phase("communication"):
+            dist.all_reduce(tensor)
     return tensor
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hpsafety.data.batches import epoch_order, step_slices
-from hpsafety.train import checkpoint
+from hpsafety.train import checkpoint, phases
 from hpsafety.train.metrics import Metrics, Progress, peak_rss_mb
 from hpsafety.train.optim import AdamW, learning_rate
 from hpsafety.train.step import evaluate, train_step
@@ -96,7 +96,7 @@ def fit(
     progress = Progress(title, len(steps), run.resume_step) if world.is_main else None
     try:
         with stop_signals() as caught:
-            for t in range(run.resume_step, len(steps)):
+            for t in phases.steps(range(run.resume_step, len(steps))):
                 if totals["over"]:
                     break
                 order = epoch_order(len(groups), steps[t][0], settings.seed)
@@ -115,7 +115,8 @@ def fit(
                     if valid and pass_ends
                     else {}
                 )
-                totals = _after_step(totals | measured, result, lr, seconds, metrics, progress, world)
+                with phases.phase("metrics"):
+                    totals = _after_step(totals | measured, result, lr, seconds, metrics, progress, world)
                 _checkpoint(totals, result.stop, last, settings, run, model, optimizer, world)
     finally:
         if world.is_main:

@@ -39,19 +39,38 @@ class AdamW:
         self.exp_avg_sq = [torch.zeros_like(m) for m in self.masters]
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.masters[0].device)
         self.main_grads = [torch.zeros_like(m) for m in self.masters] if self.low_precision else None
+        self.untouched: set[int] = set()  # parameters whose fp32 gradient is still that of the step before
         if self.low_precision:
-            for param, main in zip(self.params, self.main_grads, strict=True):
+            for i, param in enumerate(self.params):
                 param.data = param.data.to(dtype)
-                param.register_post_accumulate_grad_hook(_adder(main))
+                param.register_post_accumulate_grad_hook(self._adder(i))
 
     def zero_grad(self) -> None:
         for param in self.params:
             param.grad = None
-        if self.low_precision:
-            for grad in self.main_grads:
-                grad.zero_()
+        self.untouched = set(range(len(self.params)))
+
+    def _adder(self, index: int):
+        """Moves a parameter's gradient into its fp32 sum; a step's first one is copied, so nothing need be zeroed."""
+
+        def add(param) -> None:
+            main = self.main_grads[index]
+            if index in self.untouched:
+                self.untouched.remove(index)
+                main.copy_(param.grad)
+            elif main.device.type == "cpu":
+                ops.accumulate_(main, param.grad)
+            else:
+                main.add_(param.grad)
+            param.grad = None
+
+        return add
 
     def _gradients(self) -> list[torch.Tensor]:
+        if self.low_precision:
+            for index in self.untouched:  # no micro-batch reached it in this step
+                self.main_grads[index].zero_()
+            self.untouched = set()
         grads = self.main_grads if self.low_precision else [p.grad for p in self.params]
         return [
             torch.zeros_like(distributed.local(m)) if g is None else distributed.local(g)
@@ -89,11 +108,3 @@ class AdamW:
 def decays(name: str) -> bool:
     """Weight decay acts on matrices: not on norms, not on biases."""
     return not name.endswith(("norm", "bias"))
-
-
-def _adder(main: torch.Tensor):
-    def add(param) -> None:
-        main.add_(param.grad)
-        param.grad = None
-
-    return add

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hpsafety.data.batches import balance, micro_batches, predicted_flops
+from hpsafety.data.batches import balance, micro_batches
 from hpsafety.data.groups import Batch, PromptGroup, pack
-from hpsafety.train import distributed
+from hpsafety.train import distributed, phases
+from hpsafety.train.work import forward_flops
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,21 @@ def _assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
     """Groups of each rank, balanced by predicted FLOPs. Every rank computes the same answer."""
     if world.size == 1:
         return [groups]
-    names = ("num_layers", "width", "mlp_width", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-    shape = {name: getattr(model.config, name) for name in names}
-    costs = [predicted_flops(group, **shape) for group in groups]
+    costs = [forward_flops(model.config, group) for group in groups]
     return [[groups[i] for i in part] for part in balance(costs, world.size)]
 
 
 def _local_batches(parts: list[list[PromptGroup]], tokens_per_batch: int, world) -> Iterator[Batch]:
     """This rank's micro-batches; empty ones at the end where another rank has more, since sharded parameters are
     gathered by all ranks together."""
-    splits = [micro_batches(part, tokens_per_batch) for part in parts]
+    with phases.phase("data"):
+        splits = [micro_batches(part, tokens_per_batch) for part in parts]
     mine, split = parts[world.rank], splits[world.rank]
     for i in range(max(map(len, splits))):
         indices = split[i] if i < len(split) else []
-        yield pack([mine[j] for j in indices]).to(world.device)
+        with phases.phase("data"):
+            batch = pack([mine[j] for j in indices]).to(world.device)
+        yield batch
 
 
 @torch.no_grad()
@@ -48,8 +50,11 @@ def evaluate(
 ) -> float:
     """The loss of `groups` under one global denominator, without gradients; the same on every rank."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in _local_batches(_assign(model, groups, world), tokens_per_batch, world):
-        total += loss(model, batch, denominator)
+    parts = _assign(model, groups, world)
+    phases.work(model, parts[world.rank], 1)
+    for batch in _local_batches(parts, tokens_per_batch, world):
+        with phases.phase("validation"):
+            total += loss(model, batch, denominator)
     return float(distributed.all_sum(total, world))
 
 
@@ -64,17 +69,23 @@ def train_step(
     stop         asked after the update: has this rank been told to stop? All ranks share the answer and stop together
     The micro-batch split and the number of ranks change the result by rounding only.
     """
-    parts = _assign(model, groups, world)
+    with phases.phase("data"):
+        parts = _assign(model, groups, world)
+    phases.work(model, parts[world.rank], 3)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = tokens_equiv = 0
-    optimizer.zero_grad()
+    with phases.phase("optimiser"):
+        optimizer.zero_grad()
     for batch in _local_batches(parts, tokens_per_batch, world):
-        value = loss(model, batch, denominator)
-        value.backward()
+        with phases.phase("forward"):
+            value = loss(model, batch, denominator)
+        with phases.phase("backward"):
+            value.backward()
         total += value.detach()
         tokens, tokens_equiv = tokens + batch.tokens_computed, tokens_equiv + batch.tokens_equiv
         del value, batch
-    norm = optimizer.step(lr, world)
+    with phases.phase("optimiser"):
+        norm = optimizer.step(lr, world)
     sums = torch.stack([total, *(torch.tensor(float(x), dtype=torch.float64, device=world.device)
                                  for x in (tokens, tokens_equiv, stop()))])  # fmt: skip
     loss_sum, tokens, tokens_equiv, stops = distributed.all_sum(sums, world).tolist()

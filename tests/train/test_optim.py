@@ -92,3 +92,20 @@ def test_bf16_keeps_fp32_masters():
         assert p.dtype == torch.bfloat16 and torch.equal(p, master.bfloat16()), name
         moved = (master - first[name]).abs()
         assert 0 < float(moved.max()) < 1e-5, name
+
+
+def test_bf16_gradients_add_up_in_fp32_and_start_anew_each_step():
+    """A step's first gradient is copied over the last step's; a parameter that gets none in a step counts as zero."""
+    model = tiny_model()
+    optimizer = AdamW(model, torch.bfloat16)
+    first, second = optimizer.params[:2]
+    for step in range(2):
+        optimizer.zero_grad()
+        for factor in (1.0, 2.0**-9):  # the second is lost in bf16: 1 + 2^-9 rounds to 1
+            (factor * first.float().sum()).backward()
+        if step == 0:
+            second.float().sum().backward()
+        grads = optimizer._gradients()
+        assert torch.equal(grads[0], torch.full_like(grads[0], 1 + 2.0**-9))
+        assert torch.equal(grads[1], torch.full_like(grads[1], 1.0 - step))
+        assert all(not g.any() for g in grads[2:])

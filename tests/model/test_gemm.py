@@ -1,0 +1,68 @@
+"""linear: the values of torch's, with gradients, and bits that do not depend on the other rows or on threads.
+
+One bug this file must catch: a backward that multiplies with the weight instead of its transpose.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+
+from hpsafety.model.gemm import _onednn, linear, plain_linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "rows, inputs, outputs", [(0, 8, 5), (1, 8, 5), (2, 7, 9), (33, 64, 48), (130, 48, 48)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_matches_fp64(dtype, rows, inputs, outputs, bias):
+    g = torch.Generator().manual_seed(rows)
+    shapes = [(rows, inputs), (outputs, inputs), *([(outputs,)] if bias else [])]
+    args = [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
+    upstream = torch.randn(rows, outputs, generator=g, dtype=torch.float64).to(dtype)
+
+    def run(function, args, upstream):
+        leaves = [a.clone().requires_grad_() for a in args]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    exact = run(nnf.linear, [a.double() for a in args], upstream.double())
+    plain = run(nnf.linear, args, upstream)
+    for e, p, ours in zip(exact, plain, run(linear, args, upstream), strict=True):
+        assert ours.shape == e.shape and ours.dtype == dtype
+        if e.numel():
+            ulp = torch.finfo(dtype).eps * float(e.abs().max())
+            assert float((ours - e).abs().max()) <= 2 * float((p - e).abs().max()) + 4 * ulp
+
+
+@pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)])
+def test_each_gradient_alone(need):
+    args = [torch.randn(s).requires_grad_(n) for s, n in zip([(3, 4), (5, 4), (5,)], need, strict=True)]
+    linear(*args).sum().backward()  # the incoming gradient is expanded, not contiguous
+    assert [a.grad is not None for a in args] == list(need)
+
+
+def test_without_gradients_the_bits_are_the_same():
+    x, w = torch.randn(20, 16), torch.randn(12, 16, requires_grad=True)
+    with torch.no_grad():
+        without = linear(x, w)
+    assert torch.equal(without, linear(x, w)) and not without.requires_grad
+
+
+def test_a_row_does_not_depend_on_the_others_or_on_threads():
+    """Design section 7: the same bits for any number of rows from 16 up."""
+    x, w = torch.randn(700, 576), torch.randn(960, 576)
+    whole, threads = plain_linear(x, w), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in (16, 17, 31, 64, 100, 255, 699):
+                assert torch.equal(plain_linear(x[:rows], w), whole[:rows]), (count, rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_route_is_a_fact_of_the_machine():
+    assert _onednn() is _onednn()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        assert _onednn() is None
