@@ -1,8 +1,8 @@
 """Extra peak memory of the linear family: beyond inputs, outputs and gradients.
 
 python -m bench.ops.linear_memory [OP ...] [--impl cpu] [--dtype float32] [--threads 2] [--peers]
-Every figure comes from a fresh process, since a peak never goes down: the peak resident set after one call, minus the
-resident set before it (the inputs stand by then, one small call has loaded the kernels), minus what the call returns.
+Every figure comes from a fresh process: the peak resident set after one call, minus the resident set before it (the
+inputs stand by then, and one small call has loaded the kernels), minus what the call returns.
 """
 
 import argparse

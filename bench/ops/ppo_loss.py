@@ -13,7 +13,9 @@ GRADS = ("logprobs", "values", "entropy")
 
 
 def _plain(logprobs, old_logprobs, advantages, values, old_values, returns, mask, entropy):
-    """clip_ratio 0.2, value_clip 0.2, value_coef 0.5, entropy_coef 0.01."""
+    """clip_ratio 0.2, value_clip 0.2, value_coef 0.5, entropy_coef 0.01; in fp32, as trainers do."""
+    rows = (logprobs, old_logprobs, advantages, values, old_values, returns, entropy)
+    logprobs, old_logprobs, advantages, values, old_values, returns, entropy = (x.float() for x in rows)
     m = mask.float()
     n = m.sum()
     d = logprobs - old_logprobs

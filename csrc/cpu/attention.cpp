@@ -108,47 +108,6 @@ struct Sizes {
   float scale_log2e;
 };
 
-// Halves the lanes until one is left.
-template <typename F>
-inline float reduce(Vec v, F&& f) {
-  float lanes[kLanes];
-  v.store(lanes);
-#pragma GCC unroll 4
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < width; ++i) lanes[i] = f(lanes[i], lanes[i + width]);
-  }
-  return lanes[0];
-}
-
-// Turns scores s[0..n) (base 2) into weights 2^(s - top), top the running maximum; brings the row's sum and output up
-// to the new top and adds the weights to the sum.
-inline void softmax_row(float* s, int64_t n, float& top, float& total, float* out, int64_t columns) {
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  Vec highest(-kInf);
-  for_lanes(n, [&](int64_t i, int64_t lanes) {
-    const Vec v = lanes == kLanes ? load(s + i) : Vec::set(Vec(-kInf), load(s + i), lanes);
-    highest = at::vec::clamp_min(v, highest);
-  });
-  const float block = reduce(highest, [](float a, float b) { return std::max(a, b); });
-  const float now = std::max(top, block);
-  const float offset = now == -kInf ? 0.f : -now;  // all scores -inf so far: weights 0, not NaN
-  Vec sums(0.f);
-  for_lanes(n, [&](int64_t i, int64_t lanes) {
-    const Vec p = exp2_below_zero(load(s + i) + Vec(offset));
-    store(s + i, p);
-    sums = sums + (lanes == kLanes ? p : Vec::set(Vec(0.f), p, lanes));
-  });
-  const float added = reduce(sums, [](float a, float b) { return a + b; });
-  if (now != top && total != 0) {
-    const float shrink = std::exp2(top + offset);
-    total *= shrink;
-    for (int64_t i = 0; i < columns; i += kLanes) store(out + i, load(out + i) * Vec(shrink));
-  }
-  total += added;
-  top = now;
-}
-
 struct Buffers {  // of one task: packed rows x ld, and one block of keys
   float *q, *out, *top, *total, *keys, *keys_t, *values;
   static int64_t floats(int64_t rows, const Sizes& z) {
@@ -226,7 +185,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_, const Ten
     const auto qv = view<T>(q), kv = view<T>(k), vv = view<T>(v);
     const auto ov = mutable_view<T>(out);
     float* l = lse.mutable_data_ptr<float>();
-    run_tasks(plan, kv_heads, Buffers::floats(rows, z), [&](const Task& task, int64_t head, float* scratch) {
+    run_tasks(plan.tasks, kv_heads, Buffers::floats(rows, z), [&](const Task& task, int64_t head, float* scratch) {
       forward_task<T>(plan, task, head, z, qv, kv, vv, ov, l, heads, scratch);
     });
   });

@@ -1,5 +1,5 @@
-// What attention's forward and backward share: the plan (who computes which rows against which keys), the GEMM tile,
-// packing and exp2.
+// What attention's forward and backward share, paged_attention in part: the plan (who computes which rows against which
+// keys), the GEMM tile, packing, exp2 and the running softmax.
 //
 // A task owns a run of query rows for one kv head, with all query heads of that kv head: query row i and head h of the
 // group make packed row (i - row0) * group + h, so K and V are read once for the whole group. Its keys come in parts:
@@ -21,7 +21,7 @@ namespace hpsafety::attention {
 constexpr int64_t kTileRows = kLanes == 8 ? 6 : 12;  // x 2 vectors: 12 of AVX2's 16 registers, 24 of 32 elsewhere
 constexpr int64_t kKeys = 96;                        // keys a block; a multiple of kTileRows and of 2 * kLanes
 constexpr int64_t kTaskRows = 384;                   // packed rows a task has, about: enough to pay for packing K, V
-constexpr int64_t kPad = kLanes > 8 ? kLanes : 8;    // columns are padded to whole vectors and to 8x8 transposes
+constexpr int64_t kPad = kLanes > 8 ? kLanes : 8;    // columns are padded to whole vectors and to square transposes
 constexpr int64_t kDepth = 128;                      // longest chain of a score: longer ones round worse than MKL's
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -51,13 +51,13 @@ struct Plan {
 // max_chunks bounds the partial dK, dV rows: no run of rows with the same keys is cut into more tasks than that.
 Plan make_plan(const Tensor& segments, int64_t total, int64_t group, int64_t max_chunks);
 
-// Runs f(task, head, scratch) for every task and kv head, the longest first, each by the next free thread.
-template <typename F>
-void run_tasks(const Plan& plan, int64_t kv_heads, int64_t scratch_floats, F&& f) {
-  std::vector<size_t> order(plan.tasks.size());
+// Runs f(task, head, scratch) for every task and kv head, the costliest first, each by the next free thread.
+template <typename Tasks, typename F>
+void run_tasks(const Tasks& tasks, int64_t kv_heads, int64_t scratch_floats, F&& f) {
+  std::vector<size_t> order(tasks.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return plan.tasks[a].cost > plan.tasks[b].cost; });
+                   [&](size_t a, size_t b) { return tasks[a].cost > tasks[b].cost; });
   const int64_t items = static_cast<int64_t>(order.size()) * kv_heads;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
   scratch_floats = round_up(scratch_floats, 16);
@@ -67,17 +67,17 @@ void run_tasks(const Plan& plan, int64_t kv_heads, int64_t scratch_floats, F&& f
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t item = next++; item < items; item = next++) {
-        f(plan.tasks[order[item / kv_heads]], item % kv_heads, base + thread * scratch_floats);
+        f(tasks[order[item / kv_heads]], item % kv_heads, base + thread * scratch_floats);
       }
     }
   });
 }
 
-// c[R rows, N vectors] (+)= sum over k of a[row * a_row + k * a_k] * b[k * ldb + lane]. The sum starts from zero and is
-// added at the end: shorter chains of roundings than summing into c.
-template <int R, int N>
-inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const float* __restrict b, int64_t ldb,
-                 int64_t depth, float* __restrict c, int64_t ldc, bool add) {
+// c[R rows, N vectors] (+)= sum over k of a[row * a_row + k * a_k] * b(k)[lane], b(k) a row of fp32 or bf16. The sum
+// starts from zero and is added at the end: shorter chains of roundings than summing into c.
+template <int R, int N, typename B>
+inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B& b, int64_t depth, float* __restrict c,
+                 int64_t ldc, bool add) {
   Vec sum[R][N];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -87,7 +87,7 @@ inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const fl
   for (int64_t k = 0; k < depth; ++k) {
     Vec right[N];
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) right[n] = load(b + k * ldb + n * kLanes);
+    for (int n = 0; n < N; ++n) right[n] = load(b(k) + n * kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const Vec left(a[r * a_row + k * a_k]);
@@ -106,15 +106,22 @@ inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const fl
 }
 
 // The same for up to kTileRows rows and any number of columns (rounded up to whole vectors).
+template <int R = kTileRows, typename B>
+inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const B& b, int64_t depth, float* c,
+                 int64_t ldc, int64_t columns, bool add) {
+  if constexpr (R > 1) {
+    if (rows < R) return gemm<R - 1>(rows, a, a_row, a_k, b, depth, c, ldc, columns, add);
+  }
+  int64_t n = 0;
+  const auto right = [&](int64_t k) { return b(k) + n; };
+  for (; n + kLanes < columns; n += 2 * kLanes) tile<R, 2>(a, a_row, a_k, right, depth, c + n, ldc, add);
+  if (n < columns) tile<R, 1>(a, a_row, a_k, right, depth, c + n, ldc, add);
+}
+// The same with a dense b.
 template <int R = kTileRows>
 inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t depth,
                  float* c, int64_t ldc, int64_t columns, bool add) {
-  if constexpr (R > 1) {
-    if (rows < R) return gemm<R - 1>(rows, a, a_row, a_k, b, ldb, depth, c, ldc, columns, add);
-  }
-  int64_t n = 0;
-  for (; n + kLanes < columns; n += 2 * kLanes) tile<R, 2>(a, a_row, a_k, b + n, ldb, depth, c + n, ldc, add);
-  if (n < columns) tile<R, 1>(a, a_row, a_k, b + n, ldb, depth, c + n, ldc, add);
+  gemm<R>(rows, a, a_row, a_k, [=](int64_t k) { return b + k * ldb; }, depth, c, ldc, columns, add);
 }
 
 // c = a b for a tile of rows, over the head dim in chains of kDepth.
@@ -153,6 +160,47 @@ inline Vec exp2_below_zero(Vec t) {
   return p * at::vec::cast<float>(exponent);
 }
 
+// Halves the lanes until one is left.
+template <typename F>
+inline float reduce(Vec v, F&& f) {
+  float lanes[kLanes];
+  v.store(lanes);
+#pragma GCC unroll 4
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < width; ++i) lanes[i] = f(lanes[i], lanes[i + width]);
+  }
+  return lanes[0];
+}
+
+// Turns scores s[0..n) (base 2) into weights 2^(s - top), top the running maximum; brings the row's sum and output up
+// to the new top and adds the weights to the sum.
+inline void softmax_row(float* s, int64_t n, float& top, float& total, float* out, int64_t columns) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  Vec highest(-kInf);
+  for_lanes(n, [&](int64_t i, int64_t lanes) {
+    const Vec v = lanes == kLanes ? load(s + i) : Vec::set(Vec(-kInf), load(s + i), lanes);
+    highest = at::vec::clamp_min(v, highest);
+  });
+  const float block = reduce(highest, [](float a, float b) { return std::max(a, b); });
+  const float now = std::max(top, block);
+  const float offset = now == -kInf ? 0.f : -now;  // all scores -inf so far: weights 0, not NaN
+  Vec sums(0.f);
+  for_lanes(n, [&](int64_t i, int64_t lanes) {
+    const Vec p = exp2_below_zero(load(s + i) + Vec(offset));
+    store(s + i, p);
+    sums = sums + (lanes == kLanes ? p : Vec::set(Vec(0.f), p, lanes));
+  });
+  const float added = reduce(sums, [](float a, float b) { return a + b; });
+  if (now != top && total != 0) {
+    const float shrink = std::exp2(top + offset);
+    total *= shrink;
+    for (int64_t i = 0; i < columns; i += kLanes) store(out + i, load(out + i) * Vec(shrink));
+  }
+  total += added;
+  top = now;
+}
+
 // A (rows, heads, K) tensor whose last dim is contiguous.
 template <typename T>
 struct View {
@@ -189,9 +237,9 @@ inline void pack_group(const View<const T>& from, int64_t row0, int64_t count, i
 }
 // from (rows, ld_from) -> to (columns, ld_to); both counts are padded to kPad.
 inline void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
-  for (int64_t i = 0; i < rows; i += 8) {
-    for (int64_t j = 0; j < columns; j += 8) {
-      at::vec::transpose_mxn<float, 8, 8>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+  for (int64_t i = 0; i < rows; i += kPad) {
+    for (int64_t j = 0; j < columns; j += kPad) {
+      at::vec::transpose_mxn<float, kPad, kPad>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
     }
   }
 }

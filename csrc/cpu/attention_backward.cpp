@@ -232,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& q
     const Tensors<T> t{view<T>(q), view<T>(k), view<T>(v), view<T>(out), view<T>(grad), lse.const_data_ptr<float>(),
                        heads, kv_heads, mutable_view<T>(dq), mutable_view<T>(dk), mutable_view<T>(dv),
                        slots.mutable_data_ptr<float>()};
-    run_tasks(plan, kv_heads, Buffers::floats(rows, z), [&](const Task& task, int64_t head, float* scratch) {
+    run_tasks(plan.tasks, kv_heads, Buffers::floats(rows, z), [&](const Task& task, int64_t head, float* scratch) {
       backward_task<T>(plan, task, head, z, t, scratch);
     });
     if (plan.slot_rows) merge<T>(plan, total, z, t);

@@ -5,7 +5,8 @@
 namespace hpsafety {
 namespace {
 
-constexpr int64_t kUnit = 256;  // words of one piece of the weight gradient
+constexpr int64_t kUnit = 256;       // words of one piece of the weight gradient
+constexpr int64_t kGradGroup = 2048;  // rows whose dz against one tile stands at once: 17 MB in fp32, half for bf16
 
 class Backward {
  public:
@@ -14,7 +15,7 @@ class Backward {
       : rows_(hidden, bf16_route(hidden, weight)),
         weight_(weight),
         words_(weight.size(0), kWords),
-        groups_(rows_.n, kGroup),
+        groups_(rows_.n, kGradGroup),
         tile_(weight, words_, rows_.bf16, need_hidden ? WordTile::kBoth : WordTile::kLogits),
         op_(op),
         alpha_(alpha),
@@ -37,7 +38,7 @@ class Backward {
       op_.load(t);
       for (int64_t g = 0; g < groups_.count; ++g) {
         // An even number of blocks, so that two threads finish together.
-        const int64_t n = groups_.end(g) - groups_.begin(g), size = n >= 8 * kRows ? kRows : kRows / 2;
+        const int64_t n = groups_.end(g) - groups_.begin(g), size = rows_.n >= 8 * kRows ? kRows : kRows / 2;
         const Blocks blocks(n, size, n > 64 ? 2 : 1);
         row_blocks(g, blocks);
         if (dw_.defined()) word_units(g, blocks);
@@ -80,14 +81,14 @@ class Backward {
   void word_units(int64_t g, const Blocks& blocks) {
     const int64_t r0 = groups_.begin(g), n = rows_.padded_end(groups_.end(g)) - r0;
     const Blocks units(tile_.count, kUnit);
-    if (rows_.bf16 && (tile_.first == 0 || groups_.count > 1)) transposed_ = rows_.transposed(r0, blocks);
+    if (rows_.bf16 && tile_.first == 0) transposed_.push_back(rows_.transposed(r0, blocks));
     at::parallel_for(0, units.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
         const int64_t c = units.begin(u), count = units.end(u) - c, first = (tile_.first + c) * d_;
         float* target = dw_tile_.defined() ? dw_tile_.mutable_data_ptr<float>() + c * d_
                                            : dw_.mutable_data_ptr<float>() + first;
         if (rows_.bf16) {
-          unit_from_pairs(blocks, c, count, target, g > 0);
+          unit_from_pairs(g, blocks, c, count, target);
         } else {
           const Matrix dz{dz_.const_data_ptr<float>() + c, n, count, stride_};
           gemm(dz.t(), {rows_.fp32_row(r0), n, d_, d_}, {target, count, d_, d_}, 1, g ? 1 : 0);
@@ -98,12 +99,13 @@ class Backward {
   }
 
   // target (D, count) (+)= H^T dz, block after block.
-  void unit_from_pairs(const Blocks& blocks, int64_t c, int64_t count, float* target, bool add) {
+  void unit_from_pairs(int64_t g, const Blocks& blocks, int64_t c, int64_t count, float* target) {
     const int64_t width = whole_grains(count);
+    bool add = g > 0;
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t first = blocks.begin(b), n = whole_grains(blocks.end(b) - first);
       if (n == 0) continue;
-      const auto* h = transposed_.const_data_ptr<BFloat16>() + b * d_ * kRows;
+      const auto* h = transposed_[g].const_data_ptr<BFloat16>() + b * d_ * kRows;
       bf16_gemm({h, kRows}, {pairs(first) + 2 * c, stride_}, target, width, d_, width, n, add);
       add = true;
     }
@@ -129,7 +131,8 @@ class Backward {
   const DlogitOp& op_;
   double alpha_;
   int64_t d_, stride_;
-  Tensor dh_, dw_, dw_tile_, dz_, transposed_;
+  Tensor dh_, dw_, dw_tile_, dz_;
+  std::vector<Tensor> transposed_;  // of each group, bf16 route
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The backward by recomputation that linear_logprob and distill_loss share: per tile of the vocabulary the logits again,
-// their gradient dz in place, and both GEMMs with dz. Holds dz of kGroup rows against one tile, no more.
+// their gradient dz in place, and both GEMMs with dz. Holds dz of 2048 rows against one tile, no more.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
@@ -8,7 +8,7 @@
 
 namespace hpsafety {
 
-constexpr int64_t kGroup = 4096;  // rows in one go: bounds the partial statistics, and the 32 MB of dz in backward
+constexpr int64_t kGroup = 4096;  // rows of a forward in one go: bounds the partial statistics
 
 // What an op adds to the skeleton. `load` is called once per tile of the vocabulary, by one thread; `fill` turns the
 // logits of rows [begin, end), which are rows of the gathered hidden, into dz (scaled by alpha) in place; `spare` is a

@@ -5,7 +5,7 @@
 // nothing here may become std::fma, std::log or exp_u20), integer sums, ties by index. Nothing depends on the order of
 // work, and therefore not on threads or vector width.
 //
-// Limit: Philox, about 2 instructions a word, not the bytes. A row is read from memory once, for the maxima of its
+// Limit: Philox, about 3 instructions a word, not the bytes. A row is read from memory once, for the maxima of its
 // groups of 128 words, and stays in the L2 cache for the two passes that follow. Both skip what cannot matter, exactly:
 // groups whose masses all round to 0; groups that even the largest noise would not lift above the best score so far,
 // before their Philox; and words that a cheap upper bound of their noise would not, before their two logarithms (about
@@ -25,6 +25,8 @@
 
 namespace hpsafety {
 namespace {
+
+using namespace sampling;
 
 constexpr int64_t kGrain = 32;  // groups that are worth a thread
 constexpr int64_t kMaxWords = int64_t{1} << 23;

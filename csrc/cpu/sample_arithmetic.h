@@ -14,7 +14,7 @@
 
 #include <ATen/cpu/vec/vec.h>
 
-namespace hpsafety {
+namespace hpsafety::sampling {
 
 constexpr int64_t kGroup = 128, kWidth = 32;  // words of a group; lanes of each of the four Philox outputs
 constexpr int kMassBits = 40;
@@ -115,4 +115,4 @@ inline void philox(const Key& key, uint32_t first, uint32_t* words) {
   }
 }
 
-}  // namespace hpsafety
+}  // namespace hpsafety::sampling

@@ -8,6 +8,7 @@ from hpsafety.ops.distill_loss import distill_loss
 from hpsafety.ops.gae import gae
 from hpsafety.ops.linear_cross_entropy import linear_cross_entropy
 from hpsafety.ops.linear_logprob import linear_logprob
+from hpsafety.ops.paged_attention import paged_attention
 from hpsafety.ops.pair_loss import pair_loss
 from hpsafety.ops.ppo_loss import PPOLoss, ppo_loss
 from hpsafety.ops.reward_score import RewardScore, reward_score
@@ -32,6 +33,7 @@ __all__ = [
     "pair_loss",
     "ppo_loss",
     "reward_score",
+    "paged_attention",
     "rms_norm",
     "rope",
     "rope_",

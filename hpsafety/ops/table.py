@@ -12,6 +12,7 @@ OPS = {
     "linear_logprob": "linear_logprob",
     "linear_cross_entropy": "linear_cross_entropy",
     "distill_loss": "distill_loss",
+    "paged_attention": "paged_attention",
     "rms_norm": "rms_norm",
     "rope": "rope",
     "sample": "sample",

@@ -28,6 +28,8 @@ class Recorder:
         self.recording, self.profiler, self.model_config = False, None, None
         self.steps_done: list[dict] = []  # one of the recorded steps each
         self.counts: dict[str, float] = {}  # of the step that runs
+        self.rates: list[gemm_limit.Rates] = []  # before and after the recorded steps
+        self.rows = 0  # of a micro-batch, in them
 
     def __enter__(self):
         return self
@@ -81,6 +83,8 @@ class Recorder:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+        if self.counts:  # of the last warm-up step
+            self._measure_gemms(self.counts)
         self._barrier()
         self.profiler = torch.profiler.profile(activities=activities, record_shapes=True)
         self.recording = True
@@ -111,27 +115,42 @@ class Recorder:
             self.text = report.write(self.out, self.stage, everyone)
 
     def _summary(self, trace: Path) -> dict:
-        device = _device(self.cfg)
-        dtype = precision.choose(getattr(self.cfg, "precision", "fp32"), device)[0]
         return {
-            "stage": self.stage, "trace": trace.name, "device": str(device), "dtype": str(dtype).removeprefix("torch."),
+            "stage": self.stage, "trace": trace.name, "device": str(_device(self.cfg)),
+            "dtype": str(self._dtype()).removeprefix("torch."),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "steps": self.steps_done,
-            "warmup_steps": self.settings.profile_warmup, "gemm": self._gemm_limit(dtype, device),
+            "warmup_steps": self.settings.profile_warmup, "gemm": self._gemm_limit(),
             "peak_rss_mb": metrics.peak_rss_mb(), "account": account.read(trace),
         }  # fmt: skip
 
-    def _gemm_limit(self, dtype: torch.dtype, device: torch.device) -> dict | None:
-        """The limit at the recorded mix of shapes, all ranks at a time; None for a stage that counts no work."""
-        total = {k: sum(step.get(k, 0) for step in self.steps_done) for k in ("tokens", "trained")}
+    def _measure_gemms(self, counts: dict) -> None:
+        """The rates of the GEMM routes now, all ranks at a time; nothing for a stage that counts no work.
+
+        counts  tokens and trained rows of one step: they set the micro-batch's rows at the first call
+        """
         if self.model_config is None:
-            return None
-        per_step = max(1, total["tokens"] // len(self.steps_done))
-        rows = min(getattr(self.cfg, "tokens_per_batch", per_step), per_step)
-        shapes = gemm_limit.shapes(self.model_config, max(1, total["tokens"]), total["trained"], rows)
+            return
+        tokens = max(1, int(counts["tokens"]))
+        self.rows = self.rows or min(getattr(self.cfg, "tokens_per_batch", tokens), tokens)
+        shapes = gemm_limit.shapes(self.model_config, tokens, counts["trained"], self.rows)
         self._barrier()
-        rates = gemm_limit.measure(shapes, dtype, str(device))
-        best = {s.name: max(rates[s.name], key=rates[s.name].get) for s in shapes}
-        return {"gflops": gemm_limit.combine(shapes, rates), "rows": rows, "rates": rates, "best_route": best}
+        self.rates.append(gemm_limit.measure(shapes, self._dtype(), str(_device(self.cfg))))
+
+    def _dtype(self) -> torch.dtype:
+        return precision.choose(getattr(self.cfg, "precision", "fp32"), _device(self.cfg))[0]
+
+    def _gemm_limit(self) -> dict | None:
+        """The limit at the recorded mix of shapes: the best of what was measured before the steps and after them."""
+        total = {k: sum(step.get(k, 0) for step in self.steps_done) for k in ("tokens", "trained")}
+        self._measure_gemms({k: v / len(self.steps_done) for k, v in total.items()})
+        if not self.rates:
+            return None
+        shapes = gemm_limit.shapes(self.model_config, max(1, total["tokens"]), total["trained"], self.rows)
+        rates = gemm_limit.best_of(self.rates)
+        best = {name: max(routes, key=routes.get) for name, routes in rates.items()}
+        single = [gemm_limit.combine(shapes, one) for one in self.rates]
+        return {"gflops": gemm_limit.combine(shapes, rates), "single_gflops": single, "rows": self.rows,
+                "rates": rates, "best_route": best}  # fmt: skip
 
 
 def _device(cfg) -> torch.device:

@@ -19,6 +19,7 @@ PHASES = (
     "metrics",
 )
 GEMM_INSIDE = ("linear_cross_entropy", "linear_logprob", "distill_loss")  # and their backwards
+NOISY = 1.1  # two measurements of the limit further apart than this say so
 MIN_SHARE = 0.002  # of the step: rows below it are added up in one line
 
 
@@ -88,6 +89,12 @@ def _head(stage: str, rank: dict, size: int) -> list[str]:
             f"at {gemm['rows']} rows ({best})",
             f"share of the limit (MFU against measured GEMMs): {100 * total['limit_share']:.1f} %",
         ]
+        if max(gemm["single_gflops"]) > NOISY * min(gemm["single_gflops"]) or total["limit_share"] > 1:
+            low, high = min(gemm["single_gflops"]), max(gemm["single_gflops"])
+            lines.append(
+                f"NOISY: the limit was {low:.1f} to {high:.1f} GFLOP/s before and after the steps; other programs ran, "
+                "and the share means little"
+            )
     return lines
 
 

@@ -14,6 +14,7 @@ from hpsafety.reference.distill_loss import distill_loss as _distill_loss
 from hpsafety.reference.gae import gae as _gae
 from hpsafety.reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from hpsafety.reference.linear_logprob import linear_logprob as _linear_logprob
+from hpsafety.reference.paged_attention import paged_attention as _paged_attention
 from hpsafety.reference.pair_loss import pair_loss as _pair_loss
 from hpsafety.reference.ppo_loss import ppo_loss as _ppo_loss
 from hpsafety.reference.reward_score import reward_score as _reward_score
@@ -43,6 +44,7 @@ linear_logprob = _counted(_linear_logprob)
 pair_loss = _counted(_pair_loss)
 ppo_loss = _counted(_ppo_loss)
 reward_score = _counted(_reward_score)
+paged_attention = _counted(_paged_attention)
 rms_norm = _counted(_rms_norm)
 rope = _counted(_rope)
 rope_qkv = _counted(_rope_qkv)

@@ -247,7 +247,7 @@ def test_compare_matches_rows_by_key_and_tells_of_the_machine(fake, tmp_path, ca
     assert len(out.splitlines()) == 3 and line[1] == "cpu" and line[8] == "2" and line[-1] == "slower"
     assert (
         "1 slower" in err
-        and "2 rows stand in one file only" in err
+        and "1 too few calls; 1 rows stand in one file only" in err
         and "memory bandwidth changed by +100 %" in err
     )
 

@@ -102,6 +102,8 @@ def test_counts(profiled):
     assert total["tokens_per_s"] == pytest.approx(sum(s["tokens_equiv"] for s in rank["steps"]) / seconds)
     share = sum(s["flops"] for s in rank["steps"]) / seconds / rank["gemm"]["gflops"] / 1e9
     assert 0 < total["limit_share"] == pytest.approx(share)
+    assert len(rank["gemm"]["single_gflops"]) == 2 and rank["gemm"]["rows"] <= 128
+    assert max(rank["gemm"]["single_gflops"]) <= rank["gemm"]["gflops"] * 1.001
 
 
 def test_work_is_counted_from_groups():
