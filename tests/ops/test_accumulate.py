@@ -72,5 +72,6 @@ def test_bad_arguments(total, grad, message):
 
 
 def test_the_kernel_checks_what_its_memory_depends_on():
-    with pytest.raises(ValueError, match="total must be contiguous float32"):
-        torch.ops.hpsafety_cpu.accumulate_(torch.zeros(3), torch.zeros(4))
+    for total, grad in ((3, 4), (4, 3)):
+        with pytest.raises(ValueError, match="total must be contiguous float32"):
+            torch.ops.hpsafety_cpu.accumulate_(torch.zeros(total), torch.zeros(grad))

@@ -200,6 +200,20 @@ def test_ties_at_the_border_go_by_index(settings, allowed):
     assert torch.equal(drawn, torch.arange(allowed))
 
 
+def test_equal_scores_go_to_the_lowest_index():
+    """Two words, of two groups, whose logits undo the difference of their noise to the bit."""
+    seeds, positions, pair = torch.full((64,), 5), torch.arange(64), torch.tensor([3, 200])
+    noise = definition.noise(definition.random_words(seeds, positions, 256))[:, pair]
+    least = noise.amin(1, keepdim=True)
+    logits = torch.full((64, 256), -torch.inf)
+    logits[:, pair] = least - noise
+    equal = (logits[:, pair] + noise == least).all(1)
+    assert equal.sum() > 16
+    temperature = math.log2(math.e)  # so that the logits are in bits already
+    tokens, _ = both(logits[equal], (temperature, 1.0, 0), seeds[equal], positions[equal])
+    assert (tokens == 3).all()
+
+
 def test_top_p_takes_one_word_more_only_when_it_must():
     """Masses 1/2, 1/4, 1/8, 1/8: a share that is reached exactly needs no further word."""
     row = torch.log(torch.tensor([0.125, 0.5, 0.125, 0.25]))
