@@ -1,4 +1,4 @@
-"""What the ops over rows of N numbers check alike (ppo_loss, gae, pair_loss, reward_score)."""
+"""What several ops check alike: whether values may be read, rows of N numbers, counts, offsets."""
 
 import math
 import os
