@@ -43,6 +43,7 @@ class Batch:
     group_of: torch.Tensor  # (R,) int32: the group of each response
     tokens_equiv: int  # tokens with the prompt counted once per response
     num_trained: int  # sum of train_mask, known on the host without a device sync
+    groups: tuple[PromptGroup, ...] = ()  # what was packed, in order: a loss finds margins and labels there
 
     @property
     def tokens_computed(self) -> int:
@@ -105,6 +106,7 @@ def pack(groups: Sequence[PromptGroup]) -> Batch:
         group_of=_tensor(np.repeat(np.arange(len(groups)), num_responses), np.int32),
         tokens_equiv=int((prompt_end - prompt_start)[response].sum() + response_lengths.sum()),
         num_trained=int(train_mask.sum()),
+        groups=tuple(groups),
     )
 
 

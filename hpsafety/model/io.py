@@ -3,6 +3,7 @@
 Weights stream through one tensor at a time: loading holds the model and the tensor in hand, saving the same.
 """
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -40,24 +41,53 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Llama:
     Raises InputError for a missing path, a model type that is not known, weights that are truncated, corrupt, missing,
     unexpected, of another shape or not finite, and for pickles.
     """
-    path = _locate(path)
+    path = locate(path)
     if path.is_dir():
-        where = path / "config.json"
-        fields = read_json(where)
-        config, generation = from_hf(fields, where), _generation(path, fields)
-        tokenizer = load_tokenizer(path, generation)
-        tensors = read_tensors(weight_files(path))
+        config, tokenizer, generation, state, _ = read_directory(path, dtype, device)
     else:
         config, tensors, tokenizer, generation = read_gguf(path)
+        _check_vocabulary(path, config, tokenizer)
+        state = gather(config, tensors, path, dtype, torch.device(device))
+    with torch.device("meta"):
+        model = Llama(config, tokenizer, generation)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def read_directory(path: Path, dtype: torch.dtype, device, extra: tuple[str, ...] = ()):
+    """(config, tokenizer or None, generation_config, parameters by our names, tensors named in extra).
+
+    extra  Hugging Face names of tensors of another head; where they may stand, the token head is left out
+    Raises InputError as load_model does.
+    """
+    where = path / "config.json"
+    fields = read_json(where)
+    config, generation = from_hf(fields, where), _generation(path, fields)
+    tokenizer = load_tokenizer(path, generation)
+    _check_vocabulary(path, config, tokenizer)
+    others: dict[str, torch.Tensor] = {}
+    tensors = read_tensors(weight_files(path))
+    if extra:
+        config = dataclasses.replace(config, tied=True)
+        tensors = _set_aside(tensors, extra, others, path, dtype, device)
+    return config, tokenizer, generation, gather(config, tensors, path, dtype, torch.device(device)), others
+
+
+def _set_aside(tensors, names: tuple[str, ...], others: dict, where, dtype, device):
+    """The tensors but those of `names`, which go to `others`, checked."""
+    for name, tensor in tensors:
+        if name in names:
+            others[name] = _finite(name, tensor.to(dtype), where).to(device)
+        else:
+            yield name, tensor
+
+
+def _check_vocabulary(path, config: LlamaConfig, tokenizer: Tokenizer | None) -> None:
     if tokenizer is not None and tokenizer.num_needed > config.vocab_size:
         raise file_error(
             path,
             f"the tokenizer needs {tokenizer.num_needed} ids, the model has {config.vocab_size}; they do not belong",
         )
-    with torch.device("meta"):
-        model = Llama(config, tokenizer, generation)
-    model.load_state_dict(gather(config, tensors, path, dtype, torch.device(device)), assign=True)
-    return model
 
 
 def _generation(directory: Path, config: dict) -> dict:
@@ -68,7 +98,7 @@ def _generation(directory: Path, config: dict) -> dict:
     return settings | {name: value for name, value in ids.items() if settings.get(name) is None}
 
 
-def _locate(path) -> Path:
+def locate(path) -> Path:
     """The directory or .gguf file that `path` means."""
     name = os.fspath(path)
     if name == SMOLLM2:
@@ -144,12 +174,7 @@ def gather(
                 where, f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {place.shape}"
             )
         missing.discard(name)
-        tensor = tensor.to(dtype)
-        lowest, highest = torch.aminmax(
-            tensor
-        )  # both are NaN where one value is; 20 times as fast as isfinite
-        if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-            raise file_error(where, f"tensor {name!r} holds NaN or infinity; the weights are damaged")
+        tensor = _finite(name, tensor.to(dtype), where)
         if place.index == ():
             state[place.parameter] = tensor.to(device)
             continue
@@ -159,6 +184,14 @@ def gather(
     if missing:
         raise file_error(where, f"tensor {min(missing)!r} is missing ({len(missing)} of {len(places)} are)")
     return state
+
+
+def _finite(name: str, tensor: torch.Tensor, where) -> torch.Tensor:
+    """The tensor itself. Raises InputError where a value is NaN or infinite."""
+    lowest, highest = torch.aminmax(tensor)  # both are NaN where one value is; 20 times as fast as isfinite
+    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+        raise file_error(where, f"tensor {name!r} holds NaN or infinity; the weights are damaged")
+    return tensor
 
 
 def save_model(model: Llama, directory, max_shard_bytes: float = 5e9) -> None:

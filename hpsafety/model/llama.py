@@ -1,7 +1,7 @@
 """A lean Llama: one ragged row of tokens in, one hidden row per token out.
 
 Legend: T tokens, D width, H query heads, G kv heads, J = H/G, K head dim, F mlp width, V vocabulary, N predicted
-tokens.
+tokens, W wanted rows.
 Weights are fused inside and laid out so that they can be sharded: qkv (G, J+2, K, D) on kv groups, gate_up (2, F, D)
 on F, o and down on their input columns. Names outside are Hugging Face's (hpsafety/model/io.py).
 """
@@ -53,18 +53,23 @@ class Block(nn.Module):
         gate_up, x_TD = norm_linear(x_TD, self.mlp_norm, c.norm_eps, weight, bias, delta_TD)
         return swiglu_linear(gate_up, self.down, self.down_bias), x_TD
 
-    def forward(self, x_TD, delta_TD, positions_T, segments, cos, sin):
-        """x (T, D), delta (T, D) or None -> (x, delta), so that the next norm adds delta in its own pass."""
+    def forward(self, x_TD, delta_TD, positions_T, segments, cos, sin, rows_W=None):
+        """x (T, D), delta (T, D) or None -> (x, delta), so that the next norm adds delta in its own pass.
+
+        rows  (W,) int64 or None: after attention go on with these rows only; x and delta are then (W, D)
+        """
         qkv, x_TD = self.project_qkv(x_TD, delta_TD)
         q_THK, k_TGK, v_TGK = ops.rope_qkv(qkv, positions_T, cos, sin)
-        out_THK = ops.attention(q_THK, k_TGK, v_TGK, segments)
-        delta_TD = linear(out_THK.flatten(1), self.o, self.o_bias)
+        out_TI = ops.attention(q_THK, k_TGK, v_TGK, segments).flatten(1)
+        if rows_W is not None:
+            out_TI, x_TD = out_TI.index_select(0, rows_W), x_TD.index_select(0, rows_W)
+        delta_TD = linear(out_TI, self.o, self.o_bias)
         delta_TD, x_TD = self.mlp(x_TD, delta_TD)
         return x_TD, delta_TD
 
 
-class Llama(nn.Module):
-    """The decoder. `tokenizer` (or None) and `generation` (generation_config) travel with it.
+class Trunk(nn.Module):
+    """The decoder without a head. `tokenizer` (or None) and `generation` (generation_config) travel with it.
 
     recompute   True keeps only each block's input and runs its forward again in backward.
     """
@@ -75,14 +80,8 @@ class Llama(nn.Module):
         self.embed = _parameter(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = _parameter(config.width)
-        self.head = None if config.tied else _parameter(config.vocab_size, config.width)
         self.recompute = False
         self._rope = None
-
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """(V, D): the embedding where the head is tied."""
-        return self.embed if self.head is None else self.head
 
     def rope(self, device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin (max_positions, K/2) fp32, made at the first call."""
@@ -90,21 +89,44 @@ class Llama(nn.Module):
             self._rope = rope_tables(self.config, self.config.max_positions, device)
         return self._rope
 
-    def forward(self, batch) -> torch.Tensor:
-        """Batch (hpsafety.data.groups) -> hidden (T, D) after the final norm."""
+    def residual(self, batch, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch (hpsafety.data.groups) -> (x, delta), each (T, D): their sum is what the final norm takes.
+
+        rows  (W,) int64 or None: the rows wanted. The last block then computes its o-projection and mlp for these
+              alone, and both returns are (W, D).
+        """
         cos, sin = self.rope(batch.tokens.device)
         x, delta = nnf.embedding(batch.tokens, self.embed), None
-        for block in self.blocks:
-            inputs = (x, delta, batch.positions, batch.segments, cos, sin)
+        for index, block in enumerate(self.blocks):
+            wanted = rows if index + 1 == len(self.blocks) else None
+            inputs = (x, delta, batch.positions, batch.segments, cos, sin, wanted)
             if self.recompute and torch.is_grad_enabled():
                 x, delta = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, delta = block(*inputs)
+        return x, delta
+
+    def forward(self, batch, rows=None) -> torch.Tensor:
+        """Batch -> hidden (T, D) after the final norm, or (W, D) of the wanted rows."""
+        x, delta = self.residual(batch, rows)
         return ops.rms_norm(x, self.norm, self.config.norm_eps, delta)[0]
+
+
+class Llama(Trunk):
+    """The decoder with its token head, which may be the embedding itself."""
+
+    def __init__(self, config, tokenizer=None, generation: dict | None = None):
+        super().__init__(config, tokenizer, generation)
+        self.head = None if config.tied else _parameter(config.vocab_size, config.width)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, D): the embedding where the head is tied."""
+        return self.embed if self.head is None else self.head
 
     def logprobs(self, batch, temperature: float = 1.0) -> torch.Tensor:
         """(N,) fp32: log p(response token n | its prompt and the response so far), in the batch's order."""
-        rows = self(batch).index_select(0, batch.predict_rows)
+        rows = self(batch, batch.predict_rows)
         return ops.linear_logprob(rows, self.head_weight, batch.targets, temperature)
 
     def nll(self, batch, num_tokens) -> torch.Tensor:
@@ -112,7 +134,7 @@ class Llama(nn.Module):
 
         num_tokens  the loss denominator: trained tokens over all micro-batches and ranks of the step (SFT's formula)
         """
-        rows = self(batch).index_select(0, batch.predict_rows[batch.train_mask])
+        rows = self(batch, batch.predict_rows[batch.train_mask])
         weights = torch.full((rows.shape[0],), 1.0 / num_tokens, device=rows.device)
         return ops.linear_cross_entropy(rows, self.head_weight, batch.targets[batch.train_mask], weights)[0]
 
@@ -125,7 +147,7 @@ class Llama(nn.Module):
         return generate(self, prompts, k, max_new_tokens, temperature, top_p, top_k, seed, stop)
 
 
-def init_weights(model: Llama, seed: int = 0) -> Llama:
+def init_weights(model: Trunk, seed: int = 0) -> Trunk:
     """Fresh weights: normal with the config's init_std, norms one, biases zero; for tests and benchmarks."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():

@@ -26,7 +26,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._config, generation = dict(config or {}), generation or {}
+        self._config, self._generation = dict(config or {}), dict(generation or {})
+        generation = self._generation
         self.chat_template: str | None = _template(self._config.get("chat_template"))
         self.bos_token, self.bos_id = self._special("bos", generation)
         self.eos_token, self.eos_id = self._special("eos", generation)
@@ -103,6 +104,11 @@ class Tokenizer:
     def vocab_hash(self) -> str:
         """sha256 of the serialised tokenizer: equal hashes encode alike."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    def with_pad(self, index: int) -> "Tokenizer":
+        """The same tokenizer with another pad token."""
+        config = self._config | {"pad_token": self.token(index)}
+        return Tokenizer(self._backend, config, self._generation | {"pad_token_id": index})
 
     def files(self) -> dict[str, str]:
         """tokenizer.json and tokenizer_config.json as text, for a saved model; the same text every time."""

@@ -10,10 +10,9 @@ from hpsafety.data.records import TRAIN_SPLITS, check_disjoint
 from hpsafety.data.sources import load_rows
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model, save_state
-from hpsafety.train import distributed, precision
-from hpsafety.train.loop import FitSettings, fit
-from hpsafety.train.metrics import open_log, say
-from hpsafety.train.rundir import RunDir, input_hashes
+from hpsafety.train import distributed, precision, stage
+from hpsafety.train.loop import fit
+from hpsafety.train.metrics import say
 
 log = logging.getLogger("hpsafety")
 
@@ -61,56 +60,35 @@ def count_trained(groups: list) -> int:
     )
 
 
-def _loss(model, batch, denominator):
+def nll(model, batch, denominator):
+    """SFT's loss on one micro-batch (train.step.train_step)."""
     return model.nll(batch, denominator)
-
-
-def _settings(cfg, dtype: torch.dtype) -> FitSettings:
-    return FitSettings(
-        batch=cfg.batch, epochs=cfg.epochs, steps=cfg.steps, lr=cfg.lr, warmup=cfg.warmup,
-        tokens_per_batch=cfg.tokens_per_batch, seed=cfg.seed, checkpoint_every=cfg.checkpoint_every, dtype=dtype,
-        betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, clip=cfg.clip,
-    )  # fmt: skip
 
 
 def run(cfg) -> None:
     """hpsafety sft: see SFTConfig. Writes the run directory of design.md section 8 to cfg.out."""
-    world = distributed.init(cfg.device)
-    try:
+    with stage.ranks(cfg.device) as world:
         _run(cfg, world)
-    finally:
-        distributed.close()
 
 
 def _run(cfg, world) -> None:
     records = load_rows(cfg.data, "demonstration")
-    out = RunDir(cfg.out, "sft", cfg, input_hashes(cfg.data), world)
-    if out.complete:
-        if world.is_main:
-            say(f"{cfg.out}: this run is complete; nothing to do (--no-resume makes it anew)")
+    out = stage.run_directory(cfg, "sft", cfg.data, world)
+    if out is None:
         return
     dtype, why = precision.choose(cfg.precision, world.device)
     torch.manual_seed(cfg.seed)
     model = load_model(cfg.model)  # fp32: the masters of a bf16 run
-    rows, counts = select_rows(list(records), cfg.safety_fraction, cfg.seed, cfg.all_safety)
-    context = model.config.max_positions
-    max_length = min(cfg.max_length or context, context)
-    groups, dropped = build_groups(rows, model.tokenizer, max_length)
-    held = [r for r in records if r.get("split") == "valid"]
-    valid = build_groups(held, model.tokenizer, max_length)[0] if held else []
-    counts |= dropped | {str(k): v for k, v in records.counts.items()}
-    out.open()
-    if world.is_main:
-        open_log(out.path / "log.txt")
-        say(f"sft: {len(groups)} examples, {count_trained(groups)} trained tokens; {why}")
-        if not valid:
-            log.info("no rows with split valid: early stopping is off")
-        for name, number in counts.items():
-            log.info("%s: %s", name, number)
-    distributed.barrier(world)
+    groups, valid, counts = prepare(records, model, cfg)
+    stage.begin(
+        out, f"sft: {len(groups)} examples, {count_trained(groups)} trained tokens; {why}", counts, world
+    )
+    if not valid and world.is_main:
+        log.info("no rows with split valid: early stopping is off")
     model = distributed.shard(model.to(world.device), world, dtype)
     model.recompute = cfg.recompute
-    done = fit(model, groups, valid, _loss, count_trained, _settings(cfg, dtype), out, world, "sft")
+    settings = stage.fit_settings(cfg, dtype, cfg.warmup)
+    done = fit(model, groups, valid, nll, count_trained, settings, out, world, "sft")
     save(model, out, world)
     out.finish(counts | done)
     if world.is_main:
@@ -118,8 +96,20 @@ def _run(cfg, world) -> None:
     distributed.barrier(world)
 
 
-def save(model, out: RunDir, world) -> None:
+def prepare(records, model, cfg) -> tuple[list, list, dict]:
+    """(groups to train on, held-out groups, counts) of all rows of the data files."""
+    rows, counts = select_rows(list(records), cfg.safety_fraction, cfg.seed, cfg.all_safety)
+    context = model.config.max_positions
+    max_length = min(cfg.max_length or context, context)
+    groups, dropped = build_groups(rows, model.tokenizer, max_length)
+    held = [r for r in records if r.get("split") == "valid"]
+    valid, lost = build_groups(held, model.tokenizer, max_length) if held else ([], {"dropped_too_long": 0})
+    counts |= dropped | {"valid_dropped_too_long": lost["dropped_too_long"]}
+    return groups, valid, counts | stage.plain_counts(records.counts)
+
+
+def save(model, out, world) -> None:
     """OUT/model in HF layout; all ranks gather, rank 0 writes."""
-    tensors = {name: distributed.full(p.detach()).cpu() for name, p in model.named_parameters()}
+    tensors = stage.whole_weights(model)
     if world.is_main:
         save_state(model.config, tensors, model.tokenizer, model.generation, out.path / "model")

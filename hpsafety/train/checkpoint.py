@@ -152,7 +152,8 @@ def load(path: Path, model, optimizer, world) -> dict:
     return trainer
 
 
-def drop_optimizer(folder: Path) -> None:
-    """Removes the optimiser's part of every checkpoint: a finished stage needs the weights only."""
+def drop_training_state(folder: Path) -> None:
+    """Removes the optimiser's part of every checkpoint and the best pass's weights: a finished stage has its model."""
     for step in steps(folder):
         shutil.rmtree(folder / f"step-{step}" / "optimizer", ignore_errors=True)
+    shutil.rmtree(folder / "best", ignore_errors=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from hpsafety.train import phases
 
-ENTRY_POINTS = ("logprobs", "nll")  # methods beside forward that use parameters
+ENTRY_POINTS = ("logprobs", "nll", "rewards")  # methods beside forward that use parameters
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
         module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
         module.set_gradient_divide_factor(1.0)  # the loss denominator is global already
     for name in ENTRY_POINTS:
-        register_fsdp_forward_method(model, name)
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
     return model
 
 

@@ -122,7 +122,7 @@ def fit(
         if world.is_main:
             metrics.close()
             progress.close()
-    if totals["best"] is not None and totals["over"]:
+    if totals["over"]:
         checkpoint.load_best(run.checkpoints, model, world)
     done = {k: totals[k] for k in ("tokens", "tokens_equiv", "skipped")}
     return {"steps": totals["step"], "groups": len(groups), "best_valid_loss": totals["best"]} | done
@@ -132,6 +132,8 @@ def _validate(model, valid, loss, count, settings, totals, run, world) -> dict:
     """What the end of a pass adds to the totals: valid_loss, the best one, and whether training is over."""
     value = evaluate(model, valid, loss, count(valid), settings.tokens_per_batch, world)
     best = totals["best"]
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the held-out loss is {value} after step {totals['step'] + 1}; lower --lr")
     if best is not None and value >= best:
         log.info("stopping early: the held-out loss rose to %.4f from its best, %.4f", value, best)
         return {"valid_loss": value, "over": True}

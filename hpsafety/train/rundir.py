@@ -13,7 +13,9 @@ from hpsafety.files import atomic_write
 from hpsafety.train import checkpoint
 
 # Fields that change how a run is executed, not what it computes: a run may be resumed under other values of these.
-EXECUTION = ("resume", "out", "device", "tokens_per_batch", "checkpoint_every", "recompute")
+EXECUTION = (
+    "resume", "out", "device", "tokens_per_batch", "checkpoint_every", "recompute", "kv_memory", "max_batch",
+)  # fmt: skip
 OURS = ("model", "metrics.jsonl", "manifest.json", "checkpoints", "log.txt", "tb")
 
 
@@ -50,8 +52,24 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def refuse_other(mine: dict, old: dict) -> str | None:
+    """Why the run of manifest `old` is not the run of manifest `mine`: its stage, config or data; None when it is."""
+    if old.get("stage") != mine["stage"]:
+        return f"stage ({old.get('stage')}, not {mine['stage']})"
+    ours, theirs = ({k: v for k, v in m.get("config", {}).items() if k not in EXECUTION} for m in (mine, old))
+    names = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
+    if names:
+        shown = ", ".join(f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in names[:4])
+        return f"config ({shown})"
+    hashes, before = mine["input_hashes"], old.get("input_hashes", {})
+    changed = [k for k, v in hashes.items() if before.get(k) != v]
+    if hashes != before:
+        return f"data ({', '.join(changed) or 'an input'} has changed since)"
+    return None
 
 
 class RunDir:
@@ -70,7 +88,7 @@ class RunDir:
         self.manifest = {
             "stage": stage, "config": self.config, "code_version": versions()["hpsafety"], "seed": config.seed,
             "versions": versions(), "world_size": world.size, "input_hashes": inputs, "output_hashes": {},
-            "counts": {}, "started": _now(), "ended": None,
+            "counts": {}, "started": now(), "ended": None,
         }  # fmt: skip
         old = self._old_manifest()
         self.complete = bool(old and config.resume and old.get("ended"))
@@ -97,26 +115,10 @@ class RunDir:
             raise file_error(path, f"is not readable ({error}); choose another --out") from error
 
     def _refuse_other(self, old: dict) -> None:
-        def fixed(config):
-            return {k: v for k, v in config.items() if k not in EXECUTION}
-
-        mine, theirs = fixed(self.config), fixed(old.get("config", {}))
-        names = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
-        if old.get("stage") != self.stage:
-            names, theirs, mine = ["stage"], {"stage": old.get("stage")}, {"stage": self.stage}
-        elif not names and old.get("input_hashes") != self.manifest["input_hashes"]:
-            names = [
-                k for k, v in self.manifest["input_hashes"].items() if old.get("input_hashes", {}).get(k) != v
-            ]
+        why = refuse_other(self.manifest, old)
+        if why:
             raise file_error(
-                self.path, f"holds a run of other data ({', '.join(names) or 'an input'} has changed since); "
-                "choose another --out, or --no-resume to start it anew"
-            )  # fmt: skip
-        if names:
-            shown = ", ".join(f"{k} was {theirs.get(k)!r}, now {mine.get(k)!r}" for k in names[:4])
-            raise file_error(
-                self.path, f"holds a run of another config ({shown}); choose another --out, or --no-resume to "
-                "start it anew"
+                self.path, f"holds a run of another {why}; choose another --out, or --no-resume to start it anew"
             )  # fmt: skip
 
     def open(self) -> None:
@@ -132,14 +134,14 @@ class RunDir:
         self.checkpoints.mkdir(exist_ok=True)
 
     def finish(self, counts: dict) -> None:
-        """Writes output hashes, counts and the end time, and drops the optimiser's state."""
+        """Writes output hashes, counts and the end time, and drops what only training needs."""
         if not self.world.is_main:
             return
-        checkpoint.drop_optimizer(self.checkpoints)
+        checkpoint.drop_training_state(self.checkpoints)
         self.manifest |= {
             "output_hashes": tree_hashes(self.path / "model"),
             "counts": counts,
-            "ended": _now(),
+            "ended": now(),
         }
         self._write()
 

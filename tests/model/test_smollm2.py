@@ -9,7 +9,7 @@ import torch
 
 from hpsafety.model.gguf_file import open_gguf
 from hpsafety.model.gguf_tokenizer import read_tokenizer
-from hpsafety.model.io import SMOLLM2, _locate, load_model, save_model
+from hpsafety.model.io import SMOLLM2, load_model, locate, save_model
 from hpsafety.model.names import hf_names, split
 from tests.model.test_gguf import gguf_name
 
@@ -45,7 +45,7 @@ def their_tokenizer(path):
 
 
 def test_smollm2_token_ids_equal_transformers(smollm2):
-    theirs, ours = their_tokenizer(_locate(SMOLLM2)), smollm2.tokenizer
+    theirs, ours = their_tokenizer(locate(SMOLLM2)), smollm2.tokenizer
     for text in TEXTS:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids, text
@@ -68,7 +68,7 @@ def test_smollm2_plain_text_holds_no_special_token(smollm2):
 
 def test_smollm2_chat_text_equals_transformers(smollm2):
     chat = pytest.importorskip("hpsafety.data.chat")
-    theirs, ours = their_tokenizer(_locate(SMOLLM2)), smollm2.tokenizer
+    theirs, ours = their_tokenizer(locate(SMOLLM2)), smollm2.tokenizer
     user, answer = {"role": "user", "content": "Is 7 prime?\n"}, {"role": "assistant", "content": "Yes."}
     for messages in ([user], [user, answer, user], [{"role": "system", "content": "Be brief."}, user]):
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -89,7 +89,7 @@ def test_smollm2_weights_equal_transformers(smollm2):
     from transformers.integrations.gguf.dequant import dequantize
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-    path, state, seen = _locate(SMOLLM2), smollm2.state_dict(), 0
+    path, state, seen = locate(SMOLLM2), smollm2.state_dict(), 0
     head = reader.GgufHeader.from_file(str(path))
     infos, data = {i.name: i for i in head.tensors}, np.memmap(path, np.uint8, "r")[head.data_start :]
     process = LlamaTensorProcessor({"num_attention_heads": 9, "num_key_value_heads": 3}).process
@@ -116,7 +116,7 @@ def test_all_smollm2_weights_equal_transformers_loader(smollm2):
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    path = _locate(SMOLLM2)
+    path = locate(SMOLLM2)
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(config)
@@ -153,7 +153,7 @@ def test_saved_smollm2_loads_in_transformers(smollm2, tmp_path):
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
 def test_other_pre_tokenizers_equal_transformers(pre, tmp_path):
     """The same vocabulary under another split, with a user-defined token: ids equal transformers'."""
-    source = open_gguf(_locate(SMOLLM2)).metadata
+    source = open_gguf(locate(SMOLLM2)).metadata
     kinds = list(source["tokenizer.ggml.token_type"])
     kinds[source["tokenizer.ggml.tokens"].index("Ġthe")] = 4
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")

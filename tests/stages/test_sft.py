@@ -14,44 +14,13 @@ import torch
 
 from hpsafety.config import SFTConfig
 from hpsafety.errors import InputError
-from hpsafety.model.io import load_model, save_model
+from hpsafety.model.io import load_model
 from hpsafety.stages import sft
 from hpsafety.train.loop import FitSettings, plan_steps
-from tests.tiny import tiny_model
+from tests.stages.conftest import TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 VOLATILE = ("_s", "_mb")
-
-
-def tiny_tokenizer():
-    """A word-level chat tokenizer of 67 ids, so that tests need no download."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
-
-    special = ["<|im_start|>", "<|im_end|>"]
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789 \nABCDEFGHIJKLM.,?!'")
-    vocab = {token: i for i, token in enumerate([*special, *letters][:67])}
-    backend = Backend(models.WordLevel(vocab, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(special)
-    return backend
-
-
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_model(tiny_model(seed=2), str(folder))
-    tiny_tokenizer().save(str(folder / "tokenizer.json"))
-    config = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 @pytest.fixture

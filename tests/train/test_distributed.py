@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from hpsafety.train.distributed import _shard_dim
-from tests.stages.test_sft import ROOT, SCRIPT, config, data_file, metrics, model_bytes, model_dir, run_script
+from tests.stages.conftest import model_dir
+from tests.stages.test_sft import ROOT, SCRIPT, config, data_file, metrics, model_bytes, run_script
 from tests.tiny import tiny_model
 
 __all__ = ["data_file", "model_dir"]  # fixtures

@@ -1,0 +1,53 @@
+"""Models that end in one number instead of a token: the reward model.
+
+Legend: T tokens, D width, R responses.
+"""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from hpsafety.model.llama import Llama, Trunk
+
+
+class RewardModel(Trunk):
+    """The decoder with a regression head: one score (a logit) per response, read at its last token.
+
+    config  the chat model's, with tied=True: there is no token head
+    """
+
+    def __init__(self, config, tokenizer=None, generation: dict | None = None):
+        super().__init__(dataclasses.replace(config, tied=True), tokenizer, generation)
+        self.score = nn.Parameter(torch.empty(1, config.width))
+
+    def rewards(self, batch) -> torch.Tensor:
+        """(R,) fp32 logits, in the batch's order of responses; a prompt is computed once for all of its responses."""
+        hidden_RD = self(batch, batch.last_rows)
+        return (hidden_RD.float() * self.score.float()).sum(1)
+
+
+def reward_model_from(chat: Llama, seed: int = 0) -> RewardModel:
+    """A reward model on the chat model's own weights (shared, not copied), its token head dropped (RM-4).
+
+    The head is drawn from a normal distribution with std 1/sqrt(D+1) under `seed`.
+    """
+    with torch.device("meta"):
+        model = RewardModel(chat.config, chat.tokenizer, chat.generation)
+    width = chat.config.width
+    score = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+    state = {name: p for name, p in chat.named_parameters() if name != "head"}
+    state["score"] = nn.Parameter(score.to(chat.embed.device, chat.embed.dtype))
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def same_trunk(a: Trunk, b: Trunk) -> bool:
+    """Whether two models differ in nothing but their heads, so that one pass serves both."""
+    others = {name: p for name, p in b.named_parameters() if name != "score"}
+    mine = {name: p for name, p in a.named_parameters() if name != "score"}
+    return (
+        a.config == b.config
+        and mine.keys() == others.keys()
+        and all(torch.equal(p, others[name]) for name, p in mine.items())
+    )

@@ -1,0 +1,43 @@
+"""A tiny chat model on disk, with a tokenizer that needs no download."""
+
+import json
+
+import pytest
+
+from hpsafety.model.io import save_model
+from tests.tiny import tiny_model
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer():
+    """A character-level chat tokenizer of 67 ids."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    special = ["<|im_start|>", "<|im_end|>"]
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789 \nABCDEFGHIJKLM.,?!'")
+    vocab = {token: i for i, token in enumerate([*special, *letters][:67])}
+    backend = Backend(models.WordLevel(vocab, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(special)
+    return backend
+
+
+def write_tokenizer(folder) -> None:
+    """Adds the tiny tokenizer to a saved model."""
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    config = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_model(tiny_model(seed=2), str(folder))
+    write_tokenizer(folder)
+    return str(folder)
