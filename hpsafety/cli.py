@@ -27,6 +27,11 @@ COMMANDS = {
         "SFTConfig",
         "hpsafety.stages.sft:run",
     ),
+    "score": (
+        "scores of groups of responses by a safety and a helpfulness reward model",
+        "ScoreConfig",
+        "hpsafety.stages.score:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,
