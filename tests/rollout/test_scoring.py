@@ -45,34 +45,52 @@ def tags(groups) -> list[bool]:
     return [i % 3 == 0 for i in range(len(groups))]
 
 
+def views(scorer, groups, safe) -> dict[str, list[GroupScore]]:
+    """The same groups scored in other surroundings; the last entry is what each response gets without the others."""
+    count, k = len(groups), len(groups[0].responses)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = scorer.score([groups[i] for i in order], [safe[i] for i in order], 2000)
+    backwards = scorer.score([PromptGroup(g.prompt, g.responses[::-1]) for g in groups], safe, 2000)
+    pairs = list(zip(groups, safe, strict=True))
+    singles = [[scorer.score([PromptGroup(g.prompt, [r])], [s], 1)[0] for r in g.responses] for g, s in pairs]
+    return {
+        "2000 tokens": scorer.score(groups, safe, 2000), "500 tokens": scorer.score(groups, safe, 500),
+        "each group alone": [scorer.score([g], [s], 1)[0] for g, s in pairs],
+        "another order": [shuffled[order.index(i)] for i in range(count)],
+        "responses backwards": [
+            GroupScore(s.safety[::-1], s.helpful[::-1], s.combined[::-1], k - 1 - s.best) for s in backwards
+        ],
+        "each response alone": [
+            GroupScore([x.safety[0] for x in s], [x.helpful[0] for x in s], [x.combined[0] for x in s], 0)
+            for s in singles
+        ],
+    }  # fmt: skip
+
+
+def check_independence(scorer, groups, dtype) -> None:
+    safe = tags(groups)
+    whole = logits(scorer.score(groups, safe, 10**6))
+    bound = 0.0 if scorer.row_difference() == 0 else 1e-5 if dtype == torch.float32 else 0.05
+    for name, scores in views(scorer, groups, safe).items():
+        other = logits(scores)
+        equal, worst = float((other == whole).double().mean()), float((other - whole).abs().max())
+        assert worst <= bound, f"{name}: {equal:.1%} bit-equal, largest difference {worst:.2e}, bound {bound}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_score_depends_on_nothing_else_in_the_batch(tokenizer, dtype):
     """Design section 7: 64 groups of 8, alone, in any batch and in any order: bit-equal where products' rows are."""
     scorer = Scorer(reward_model(tokenizer, dtype=dtype), reward_model(tokenizer, 1, dtype=dtype, width=40))
-    groups = random_groups(64, k=8, longest=40)
-    safe, whole = tags(groups), None
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
-    shuffled = scorer.score([groups[i] for i in order], [safe[i] for i in order], 2000)
-    views = {f"{budget} tokens": scorer.score(groups, safe, budget) for budget in (10**6, 2000, 500)}
-    views["each group alone"] = [scorer.score([g], [s], 1)[0] for g, s in zip(groups, safe, strict=True)]
-    views["another order"] = [shuffled[order.index(i)] for i in range(64)]
-    singles = [[scorer.score([PromptGroup(g.prompt, [r])], [s], 1)[0] for r in g.responses]
-               for g, s in zip(groups, safe, strict=True)]  # fmt: skip
-    views["each response alone"] = [
-        GroupScore([x.safety[0] for x in s], [x.helpful[0] for x in s], [x.combined[0] for x in s], 0)
-        for s in singles
-    ]
-    backwards = [PromptGroup(g.prompt, g.responses[::-1]) for g in groups]
-    views["responses backwards"] = [
-        GroupScore(s.safety[::-1], s.helpful[::-1], s.combined[::-1], 7 - s.best)
-        for s in scorer.score(backwards, safe, 2000)
-    ]
-    whole = logits(views.pop("1000000 tokens"))
-    bound = 0.0 if scorer.row_difference() == 0 else 1e-5 if dtype == torch.float32 else 0.05
-    for name, scores in views.items():
-        other = logits(scores)
-        equal, worst = float((other == whole).double().mean()), float((other - whole).abs().max())
-        assert worst <= bound, f"{name}: {equal:.1%} bit-equal, largest difference {worst:.2e}, bound {bound}"
+    check_independence(scorer, random_groups(64, k=8, longest=40), dtype)
+
+
+@pytest.mark.slow
+def test_nor_does_a_score_of_the_built_in_model():
+    """Issue 5: 64 groups of 8 at a real model's widths, two heads on one trunk."""
+    chat = load_model("smollm2")
+    scorer = Scorer(reward_model_from(chat, 0), reward_model_from(chat, 1))
+    assert scorer.one_trunk
+    check_independence(scorer, random_groups(64, k=8, longest=12, vocab=40_000), torch.float32)
 
 
 def test_threads_change_no_bit(scorer):
