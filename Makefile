@@ -2,7 +2,7 @@
 #
 #   make demo    train the built-in model on a CPU and compare it before and after
 #   make test    the fast tests          make lint    ruff
-#   make bench   hpsafety against its peers, in .venv-bench
+#   make bench   hpsafety against its peers, in .venv-bench; BENCH=score or reward for another work than sft
 #   make test-mutations   plants bugs in the C++ kernels; the tests must notice each
 #   make clean   removes what was built  make distclean   removes the environments too
 #
@@ -12,10 +12,11 @@
 
 VENV ?= .venv
 ARGS ?=
+BENCH ?= sft
 PY := $(VENV)/bin/python
 SET_UP := $(PY) make/environment.py
 SOURCES := setup.py $(shell find csrc -type f -name '*.[ch]*' 2>/dev/null)
-RUN_BENCH := $(PY) -m bench.end_to_end.sft
+RUN_BENCH := $(PY) -m bench.end_to_end.$(BENCH)
 
 .PHONY: demo test test-mutations lint bench clean distclean help
 .DELETE_ON_ERROR:
