@@ -109,6 +109,7 @@ def score_rows(job: LineJob, scorer: Scorer, cfg, world) -> None:
     try:
         for part in phases.steps(micro_batches_of(job, scorer, cfg.tokens_per_batch)):
             groups = [group for _, _, group in part]
+            # Counted as if both models had the safety model's shape, and every row went through the last block.
             phases.work(scorer.safety, list(map(_untrained, groups)), len(scorer.trunks))
             with phases.phase("forward"):
                 scores = scorer.score_part(groups, [is_safety(row, cfg.all_safety) for _, row, _ in part])

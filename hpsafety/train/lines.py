@@ -20,7 +20,7 @@ from hpsafety.errors import InputError, file_error
 from hpsafety.files import atomic_write
 from hpsafety.train import distributed
 from hpsafety.train.metrics import close_log, open_log
-from hpsafety.train.rundir import now, refuse_other, sha256, versions
+from hpsafety.train.rundir import input_hashes, now, refuse_other, sha256, versions
 
 log = logging.getLogger("hpsafety")
 
@@ -45,7 +45,7 @@ class LineJob:
         if self.total == 0:
             raise InputError(f"{', '.join(map(str, self.data))}: no rows are left to work on")
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-        hashes = {path.name: sha256(path) for path in self.data} | extra
+        hashes = input_hashes(self.data) | extra
         self.manifest = {
             "stage": command, "config": settings, "code_version": versions()["hpsafety"], "seed": settings.get("seed"),
             "versions": versions(), "world_size": world.size, "input_hashes": hashes, "output_hashes": {},

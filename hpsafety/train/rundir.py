@@ -26,10 +26,12 @@ def sha256(path: Path) -> str:
 
 
 def input_hashes(paths) -> dict[str, str]:
-    """File name -> sha256 of each data file; a folder stands with all its files."""
-    out = {}
-    for path in map(Path, paths):
-        out |= tree_hashes(path) if path.is_dir() else {path.name: sha256(path)}
+    """File name -> sha256 of each data file; a folder stands with all its files. Files of one name: their paths."""
+    paths, out = [Path(path) for path in paths], {}
+    names = [path.name for path in paths]
+    for path in paths:
+        name = path.name if names.count(path.name) == 1 else str(path)
+        out |= tree_hashes(path) if path.is_dir() else {name: sha256(path)}
     return out
 
 

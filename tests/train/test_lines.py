@@ -112,6 +112,34 @@ def test_another_config_is_refused_and_no_resume_starts_anew(config):
     assert [row["value"] for row in results(config)] == [3 * i for i in range(COUNT)]
 
 
+def test_two_files_of_one_name_are_told_apart(config, tmp_path):
+    """The first of them must not drop out of the checksums."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text(json.dumps({"prompt": folder, "id": 1}) + "\n")
+    data = tuple(str(tmp_path / folder / "rows.jsonl") for folder in ("one", "two"))
+    twins = Config(config.out, data)
+    job(twins).close()
+    Path(data[0]).write_text(json.dumps({"prompt": "other", "id": 2}) + "\n")
+    with pytest.raises(InputError, match="data .*one/rows.jsonl"):
+        job(twins)
+
+
+def test_rows_are_checked_and_found_by_place(config):
+    """A check's error names the file and line; so does `place`, over blank lines and files."""
+    with open(config.data[0], "a") as handle:
+        handle.write("\n" + json.dumps({"prompt": "late", "id": 99}) + "\n")
+    made = LineJob("double", config, config.data, "prompt", {}, world())
+    assert made.place(10) == f"{config.data[0]}:12" and made.place(11) == f"{config.data[1]}:1"
+
+    def check(row):
+        if row["id"] == 99:
+            raise InputError("is late")
+
+    with pytest.raises(InputError, match="a.jsonl:12: is late"):
+        made.check_rows(check)
+
+
 def test_a_bad_line_is_found_before_any_work(config):
     with open(config.data[1], "a") as handle:
         handle.write('{"id": 3}\n')
