@@ -16,7 +16,7 @@ from hpsafety.rollout.scoring import Scorer
 from hpsafety.train import phases, precision, stage
 from hpsafety.train.lines import LineJob
 from hpsafety.train.metrics import Progress, say
-from hpsafety.train.rundir import tree_hashes
+from hpsafety.train.rundir import sha256
 
 WINDOW = 256  # groups in memory at a time, from which micro-batches are made
 
@@ -56,11 +56,11 @@ def model_hashes(cfg) -> dict[str, str]:
     for name, folder in models.items():
         if not folder.is_dir():
             raise file_error(folder, f"--{name.replace('_', '-')} must be the directory of a reward model")
-    hashes = {name: tree_hashes(folder) for name, folder in models.items()}
     return {
-        f"{name}/{Path(path).relative_to(Path(path).parts[0])}": digest
-        for name, files in hashes.items()
-        for path, digest in files.items()
+        f"{name}/{path.relative_to(folder)}": sha256(path)
+        for name, folder in models.items()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 

@@ -323,3 +323,18 @@ def test_one_trunk_is_told(models, data, tmp_path, capsys):
     assert "two heads on one trunk, one pass" in capsys.readouterr().err
     score.run(config(models, data, tmp_path / "two.jsonl"))
     assert "two passes" in capsys.readouterr().err
+
+
+def test_can_be_profiled(models, data, tmp_path):
+    """hpsafety profile score: a micro-batch is a step, no row counts as one of a token head, no scratch is left."""
+    cfg = config(models, data, tmp_path / "prof")
+    assert cli.main(["profile", *words(cfg), "--profile-steps", "2", "--profile-warmup", "1"]) == 0
+    assert sorted(p.name for p in (tmp_path / "prof").iterdir()) == [
+        "profile.json",
+        "profile.txt",
+        "trace.json.gz",
+    ]
+    steps = json.loads((tmp_path / "prof" / "profile.json").read_text())["ranks"][0]["steps"]
+    assert len(steps) == 2 and all(
+        step["tokens_equiv"] > step["tokens"] > 0 == step["trained"] for step in steps
+    )
