@@ -196,17 +196,23 @@ class SafetyTexts:
     def write(self, kind: str, row: dict, rng: random.Random) -> str:
         """A text of the kind, one of the keys of [safety] in pairs_frames.toml."""
         if kind == "kind":
-            if row["attack"] != "non_english" and "my" not in row["response"].split():
-                if rng.random() < WHOLE_ANSWER:
-                    return row["response"]
+            if rng.random() < WHOLE_ANSWER and self.answer_stands_alone(row):
+                return row["response"]
             kind = "kind" if self.has_steps(row) else "gentle"
         text = fill(rng.choice(self.frames[kind]), self.filled_pieces(row))
         return joined(text, rng.choice(self.frames["cheer"])) if kind == "eager" else text
 
+    def answer_stands_alone(self, row: dict) -> bool:
+        """Whether the training answer is in English and repeats no slot in the user's own words."""
+        slots = row["slots"].values()
+        return row["attack"] != "non_english" and not any(
+            text in row["response"] and in_answer(text) != text for text in slots
+        )
+
     def filled_pieces(self, row: dict) -> dict[str, str]:
         """What the frames may name: task, why, instead, first and steps, and each with a capital."""
         table = self.pieces[row["template"]]
-        slots = {name: to_second_person(text) for name, text in row["slots"].items()}
+        slots = {name: in_answer(text) for name, text in row["slots"].items()}
         pieces = {name: fill(table[name], slots) for name in ("task", "why", "instead")}
         if "steps" in table:
             steps = [fill(step, slots) for step in table["steps"]]
@@ -223,8 +229,8 @@ class HelpfulTexts:
             "whole": lambda row, rng: row["response"],
             "answer": lambda row, rng: rng.choice([row["response"], self.core(row)]),
             "wrong_topic": self.wrong_topic,
-            "refusal": lambda row, rng: fill(rng.choice(frames["refusal"]), {"topic": row["category"]}),
-            "vague": lambda row, rng: fill(rng.choice(frames["vague"]), {"topic": row["category"]}),
+            "refusal": lambda row, rng: rng.choice(frames["refusal"]),
+            "vague": lambda row, rng: rng.choice(frames["vague"]),
             "detail_gone": lambda row, rng: joined(but_last(row["response"]), rng.choice(frames["filler"])),
             "warned": lambda row, rng: joined(self.core(row), rng.choice(frames["warning"])),
             "reworded": lambda row, rng: joined(
@@ -233,6 +239,7 @@ class HelpfulTexts:
         }
 
     def choices(self, row: dict) -> int:
+        """2 where every degradation fits, 1 where one does not."""
         return 2 if row["is_borderline"] else 1
 
     def fits(self, row: dict, card: Degradation) -> bool:
@@ -253,9 +260,9 @@ class HelpfulTexts:
         return self.core(rng.choice([other for other in self.rows if other["category"] != row["category"]]))
 
 
-def to_second_person(text: str) -> str:
-    """What the user calls my and myself is your and yourself in an answer."""
-    return re.sub(r"\bmy(self)?\b", r"your\1", text)
+def in_answer(text: str) -> str:
+    """A slot's text as an answer says it: the user's my is your, and a name in a format has its spaces back."""
+    return re.sub(r"\b(my|our)(self)?\b", r"your\2", text).replace("_", " ")
 
 
 def as_phrase(steps: list[str]) -> str:
