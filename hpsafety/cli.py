@@ -27,6 +27,11 @@ COMMANDS = {
         "SFTConfig",
         "hpsafety.stages.sft:run",
     ),
+    "reward": (
+        "one reward model, of safety or of helpfulness, from preference pairs",
+        "RewardConfig",
+        "hpsafety.stages.reward:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,
