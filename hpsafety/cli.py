@@ -31,6 +31,10 @@ COMMANDS = {
         "one reward model, of safety or of helpfulness, from preference pairs",
         "RewardConfig",
         "hpsafety.stages.reward:run",
+    "score": (
+        "scores of groups of responses by a safety and a helpfulness reward model",
+        "ScoreConfig",
+        "hpsafety.stages.score:run",
     ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",

@@ -147,6 +147,32 @@ class RewardConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreConfig:
+    """Scores of groups of responses by two reward models."""
+
+    safety_rm: str = option("directory of the safety reward model")
+    helpful_rm: str = option("directory of the helpfulness reward model")
+    data: tuple[str, ...] = option("JSON-lines files of groups: a prompt and its responses")
+    out: str = option("file to write, one line per input line; what OUT.part holds is resumed")
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    precision: Precision = option("bf16 only where it is faster when auto", "auto")
+    tokens_per_batch: int = option(
+        "tokens per micro-batch and rank; changes memory and speed, not the result", 4096
+    )
+    all_safety: bool = option("take rows without is_safety as safety rows", False)
+    resume: bool = option("go on from what OUT.part holds", True)
+
+    def __post_init__(self):
+        require(self, "safety_rm", bool(self.safety_rm), "a directory")
+        require(self, "helpful_rm", bool(self.helpful_rm), "a directory")
+        require(self, "data", len(self.data) > 0 and all(self.data), "one file or more")
+        require(self, "out", bool(self.out), "a file")
+        require_device(self)
+        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_at_least(self, 1, "tokens_per_batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """The whole pipeline, small, on the built-in model and data."""
 
