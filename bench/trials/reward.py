@@ -98,7 +98,7 @@ def plan(folder: Path, demo: Path, work: Path) -> list[dict]:
          "flags": {"kind": "helpfulness", "margin": margin}}
         for seed in SEEDS for margin in ("none", "small", "large")
     ]  # fmt: skip
-    return runs
+    return sorted(runs, key=lambda spec: spec["seed"])  # every variant once, before any a second time
 
 
 def run_one(spec: dict, work: Path) -> dict:
