@@ -27,6 +27,16 @@ COMMANDS = {
         "SFTConfig",
         "hpsafety.stages.sft:run",
     ),
+    "sample": (
+        "K responses per prompt, as groups; resumable, over ranks",
+        "SampleConfig",
+        "hpsafety.stages.sample:run",
+    ),
+    "chat": (
+        "talk to a checkpoint in the terminal, --against DIR side by side",
+        "ChatConfig",
+        "hpsafety.chat:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

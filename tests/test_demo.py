@@ -8,7 +8,7 @@ import pytest
 
 from hpsafety.demo import choose_rows, pick_samples
 from hpsafety.report.demo import comparison, printable, terminal_tables, write_report
-from tests.stages.test_sft import TEMPLATE, tiny_tokenizer
+from tests.stages.conftest import TEMPLATE, tiny_tokenizer
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31mred\u202etxt {{ 7*7 }}"
 

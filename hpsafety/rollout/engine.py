@@ -71,11 +71,6 @@ class Engine:
         self.cache = make_cache(model, settings)
         self.own_pages = self.cache.pages_for(settings.max_new_tokens - 1)  # the last token is never fed
         self.prefilled_tokens = self.decoded_tokens = 0
-        self.clear()
-
-    def clear(self) -> None:
-        """Drops all requests and whatever was being sampled; also after an interruption in the middle of a step."""
-        self.cache.clear()
         self._waiting: deque[Request] = deque()
         self._source: Iterator[Request] = iter(())  # of more requests, pulled when none waits
         self._entering: _Prompt | None = None  # in the cache, with samples that have not entered yet

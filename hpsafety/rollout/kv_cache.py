@@ -24,12 +24,8 @@ class PageCache:
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.num_pages, self.page_size = num_pages, page_size
-        self.clear()
-
-    def clear(self) -> None:
-        """All pages are free, the counters zero."""
-        self._free = list(range(self.num_pages - 1, -1, -1))  # the page freed last is taken first: it is warm
-        self._holders = [0] * self.num_pages
+        self._free = list(range(num_pages - 1, -1, -1))  # the page freed last is taken first: it is warm
+        self._holders = [0] * num_pages
         self.taken = self.returned = self.most_used = 0
 
     @property
