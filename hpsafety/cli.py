@@ -27,6 +27,16 @@ COMMANDS = {
         "SFTConfig",
         "hpsafety.stages.sft:run",
     ),
+    "reward": (
+        "one reward model, of safety or of helpfulness, from preference pairs",
+        "RewardConfig",
+        "hpsafety.stages.reward:run",
+    ),
+    "score": (
+        "scores of groups of responses by a safety and a helpfulness reward model",
+        "ScoreConfig",
+        "hpsafety.stages.score:run",
+    ),
     "sample": (
         "K responses per prompt, as groups; resumable, over ranks",
         "SampleConfig",

@@ -46,13 +46,15 @@ def require_seed(cfg) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SFTConfig:
-    """Supervised fine-tuning on demonstrations, helpful and safe mixed."""
+class TrainConfig:
+    """What every training stage can be told. A stage's config adds its own fields and may give another default."""
 
     model: str = option("model to start from: HF directory, .gguf file, or smollm2")
-    data: tuple[str, ...] = option("JSON-lines files of demonstrations, or folders of the datasets library")
+    data: tuple[str, ...] = option("JSON-lines files, or folders of the datasets library")
     out: str = option("run directory to write; a run found there is resumed")
-    seed: int = option("seed of the data order and the safety subset", 0)
+    seed: int = option(
+        "seed of everything that is drawn: data order, subsets, held-out rows, fresh weights", 0
+    )
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     precision: Precision = option("bf16 only where it is faster when auto", "auto")
     batch: int = option("examples per optimiser step, over all ranks", 64)
@@ -62,17 +64,15 @@ class SFTConfig:
     max_length: int | None = option(
         "tokens; a longer example is dropped and counted; the model's context if absent", None
     )
-    epochs: int = option("passes over the data", 2)
+    epochs: int = option("passes over the data", 1)
     steps: int | None = option("exactly this many optimiser steps; overrides --epochs", None)
-    lr: float = option("peak learning rate; a cosine takes it to a tenth", 2e-5)
-    warmup: int = option("optimiser steps of linear warm-up", 0)
+    lr: float = option("peak learning rate; a cosine takes it to a tenth", 1e-5)
+    warmup: int | None = option("optimiser steps of linear warm-up", 0)
     weight_decay: float = option("decoupled weight decay, on all but norms and biases", 0.1)
     clip: float = option("largest global gradient norm", 1.0)
     beta1: float = option("AdamW: decay of the first moment per step", 0.9)
     beta2: float = option("AdamW: decay of the second moment per step", 0.95)
     eps: float = option("AdamW: added to the root of the second moment", 1e-5)
-    safety_fraction: float = option("share of the safety rows used, 0 to 1; all helpful rows are", 1.0)
-    all_safety: bool = option("take rows without is_safety as safety rows", False)
     checkpoint_every: int = option(
         "optimiser steps between checkpoints; 0: only at the end or when interrupted", 50
     )
@@ -97,7 +97,79 @@ class SFTConfig:
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a number, 0 or greater")
         for field in ("beta1", "beta2"):
             require(self, field, 0 <= getattr(self, field) < 1, "from 0 to below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning on demonstrations, helpful and safe mixed."""
+
+    data: tuple[str, ...] = option("JSON-lines files of demonstrations, or folders of the datasets library")
+    epochs: int = option("passes over the data", 2)
+    lr: float = option("peak learning rate; a cosine takes it to a tenth", 2e-5)
+    warmup: int = option("optimiser steps of linear warm-up", 0)
+    safety_fraction: float = option("share of the safety rows used, 0 to 1; all helpful rows are", 1.0)
+    all_safety: bool = option("take rows without is_safety as safety rows", False)
+
+    def __post_init__(self):
+        TrainConfig.__post_init__(self)  # super() does not work in a slotted dataclass
         require(self, "safety_fraction", 0 <= self.safety_fraction <= 1, "from 0 to 1")
+
+
+# kind of reward model: its margin and the weight of its auxiliary safety loss where none is given
+REWARD_DEFAULTS = {"safety": ("none", 1.0), "helpfulness": ("small", 0.0)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig(TrainConfig):
+    """A reward model from preference pairs. `margin` and `aux_weight` hold the kind's defaults once it is made."""
+
+    kind: Literal["safety", "helpfulness"] = option("what the model judges; sets the mix of data, see docs")
+    margin: Literal["none", "small", "large"] | None = option(
+        "gap asked for by rating; small for helpfulness, none for safety if absent", None
+    )
+    aux_weight: float | None = option(
+        "weight of the safety bins' auxiliary loss; 1 for safety, 0 for helpfulness if absent", None
+    )
+    head_only: bool = option("train the score head alone: the model's own weights stay as they are", False)
+    data: tuple[str, ...] = option("JSON-lines files of preferences, or folders of the datasets library")
+    batch: int = option("pairs per optimiser step, over all ranks", 512)
+    warmup: int | None = option("optimiser steps of linear warm-up; 3 % of them, at least 5, if absent", None)
+
+    def __post_init__(self):
+        TrainConfig.__post_init__(self)
+        require(self, "kind", self.kind in REWARD_DEFAULTS, "safety or helpfulness")
+        margin, aux_weight = REWARD_DEFAULTS[self.kind]
+        for field, default in (("margin", margin), ("aux_weight", aux_weight)):
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)
+        require(self, "margin", self.margin in ("none", "small", "large"), "none, small or large")
+        require(self, "aux_weight", 0 <= self.aux_weight < math.inf, "a number, 0 or greater")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreConfig:
+    """Scores of groups of responses by two reward models."""
+
+    safety_rm: str = option("directory of the safety reward model")
+    helpful_rm: str = option("directory of the helpfulness reward model")
+    data: tuple[str, ...] = option("JSON-lines files of groups: a prompt and its responses")
+    out: str = option("file to write, one line per input line; what OUT.part holds is resumed")
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    precision: Precision = option("bf16 only where it is faster when auto", "auto")
+    tokens_per_batch: int = option(
+        "tokens per micro-batch and rank; changes memory and speed, not the result", 4096
+    )
+    all_safety: bool = option("take rows without is_safety as safety rows", False)
+    resume: bool = option("go on from what OUT.part holds", True)
+
+    def __post_init__(self):
+        require(self, "safety_rm", bool(self.safety_rm), "a directory")
+        require(self, "helpful_rm", bool(self.helpful_rm), "a directory")
+        require(self, "data", len(self.data) > 0 and all(self.data), "one file or more")
+        require(self, "out", bool(self.out), "a file")
+        require_device(self)
+        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_at_least(self, 1, "tokens_per_batch")
 
 
 def memory_bytes(text: str) -> int | None:

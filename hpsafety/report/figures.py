@@ -1,45 +1,6 @@
-"""Figures as inline SVG that follow the page's colours, light or dark, and carry their meaning as alt text."""
+"""The demo's figures; their style is hpsafety/safety/drawing.py's."""
 
-import html
-import io
-import re
-
-INK = "#010203"  # stands for the page's text colour; replaced by currentColor in the SVG
-BEFORE, AFTER = "#d9822b", "#2b7bd9"  # readable on light and dark, and apart for colour-blind readers
-
-
-def figure(width: float = 6.4, height: float = 3.8):
-    """A matplotlib figure and axes in the page's style, inches."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "hpsafety",
-        "font.family": "sans-serif", "axes.grid": True, "grid.alpha": 0.25, "grid.color": INK,
-    }  # fmt: skip
-    with pyplot.rc_context(style):
-        fig, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-    fig.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    return fig, axes
-
-
-def to_svg(fig, alt: str) -> str:
-    """The figure as an <svg> element with role and label; closes the figure."""
-    import matplotlib
-    from matplotlib import pyplot
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hpsafety"}):
-        fig.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(fig)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt, quote=True)}"', 1)
+from hpsafety.safety.drawing import AFTER, BEFORE, INK, figure, to_svg
 
 
 def trade_off(points: list[dict]) -> str:

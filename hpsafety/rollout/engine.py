@@ -18,6 +18,14 @@ from hpsafety.rollout.kv_cache import make_cache, page_bytes
 from hpsafety.rollout.sampler import Rollout, Settings, row_seed
 
 
+class NotFinite(RunError):
+    """A token whose logprob is not a number: damaged weights. prompt_index says where it came up first."""
+
+    def __init__(self, message: str, prompt_index: int):
+        super().__init__(message)
+        self.prompt_index = prompt_index
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """k responses to one prompt. prompt_index is part of the key of every draw and global over ranks."""
@@ -109,7 +117,7 @@ class Engine:
     def step(self) -> list[Token]:
         """Lets in what fits, then samples one token for every running sequence; [] when there is nothing left to do.
 
-        Raises RunError, naming the prompt, when a token's logprob is not a number.
+        Raises NotFinite, naming the prompt, when a token's logprob is not a number.
         """
         return [
             Token(s.prompt.request.prompt_index, s.sample_index, s.tokens[-1], s.logprobs[-1], s.finish)
@@ -226,11 +234,9 @@ class Engine:
 
     def _keep(self, s: _Sequence, token: int, logprob: float) -> None:
         if math.isnan(logprob):
-            raise RunError(
-                f"prompt {s.prompt.request.prompt_index}, sample {s.sample_index}: the model's logits at new token "
-                f"{len(s.tokens)} are not finite (prompts count from 0); the weights are damaged or too large for "
-                f"{self.model.embed.dtype}"
-            )
+            index = s.prompt.request.prompt_index
+            where = f"prompt {index}, sample {s.sample_index}: the logits of new token {len(s.tokens)} are not finite"
+            raise NotFinite(f"{where} (all count from 0); the model's weights are damaged", index)
         s.tokens.append(token)
         s.logprobs.append(logprob)
         if token in self.settings.stop:

@@ -5,25 +5,22 @@ any batch and any interruption give the same bytes.
 """
 
 import dataclasses
-import logging
 import time
+from pathlib import Path
 
 import torch
 
 from hpsafety.config import memory_bytes
 from hpsafety.data.chat import encode_prompt
-from hpsafety.data.records import iter_json_lines
-from hpsafety.errors import InputError, file_error
+from hpsafety.errors import InputError, RunError
 from hpsafety.model.io import load_model, locate
-from hpsafety.rollout.engine import Engine, Request
+from hpsafety.rollout.engine import Engine, NotFinite, Request
 from hpsafety.rollout.passes import row_bound
 from hpsafety.rollout.sampler import Settings, stop_ids
 from hpsafety.train import distributed, precision, stage
 from hpsafety.train.lines import LineJob
 from hpsafety.train.metrics import Progress, say
 from hpsafety.train.rundir import input_hashes
-
-log = logging.getLogger("hpsafety")
 
 
 def run(cfg) -> None:
@@ -34,35 +31,43 @@ def run(cfg) -> None:
 
 def _run(cfg, world) -> None:
     dtype, _ = precision.choose(cfg.precision, world.device)
-    name = "bf16" if dtype == torch.bfloat16 else "fp32"
-    cfg = dataclasses.replace(cfg, precision=name)  # what auto chose is part of what is resumed
-    model_hashes = {f"model/{k}": v for k, v in input_hashes([locate(cfg.model)]).items()}
-    job = LineJob("sample", cfg, cfg.data, "prompt", model_hashes, world)
+    # What auto chose is part of the job: another machine's choice must not go on with this one's samples.
+    cfg = dataclasses.replace(cfg, precision="bf16" if dtype == torch.bfloat16 else "fp32")
+    job = LineJob("sample", cfg, cfg.data, "prompt", model_hashes(cfg.model), world)
     if job.complete:
         if world.is_main:
-            say(f"{cfg.out}: is complete; nothing to do (--no-resume makes it anew)")
+            say(f"{cfg.out}: this run is complete; nothing to do (--no-resume makes it anew)")
         return
     model = load_model(cfg.model, dtype, world.device)
+    if model.tokenizer is None:
+        raise InputError(f"{cfg.model}: has no tokenizer.json; sample needs one for the prompts' text")
     engine = Engine(model, engine_settings(cfg, model))
-    check_prompts(cfg, model, engine)
+    job.check_rows(lambda row: check_prompt(engine, row))
     job.open(cfg.resume)
-    if world.is_main:
-        say(f"sample: {job.total} prompts, {cfg.k} responses each; {_describe(engine, name)}")
-        say(f"sample: {_bound_line(model)}")
     try:
-        counts = sample_lines(job, engine, model.tokenizer, cfg)
+        if world.is_main:
+            say(headline(job, engine, cfg))
+        counts = sample_lines(job, engine, cfg)
+        total = distributed.all_sum(torch.tensor(list(counts.values())), world)
+        job.finish(dict(zip(counts, total.tolist(), strict=True)))
+    except NotFinite as error:
+        raise RunError(f"{job.place(error.prompt_index)}: {error}") from None
     except KeyboardInterrupt:
-        job.close()
         raise KeyboardInterrupt(
             f"interrupted; what is finished is kept in {job.part}: run the same command again to go on"
         ) from None
-    except BaseException:
+    finally:
         job.close()
-        raise
-    total = distributed.all_sum(torch.tensor(list(counts.values())), world)
-    job.finish(dict(zip(counts, total.tolist(), strict=True)))
     if world.is_main:
         say(f"sample: wrote {cfg.out}")
+
+
+def model_hashes(name: str) -> dict[str, str]:
+    """Checksums of the model's files, under names that do not change when its folder moves."""
+    return {
+        "/".join(["model", *(Path(path).parts[1:] or [path])]): digest
+        for path, digest in input_hashes([locate(name)]).items()
+    }
 
 
 def engine_settings(cfg, model) -> Settings:
@@ -73,38 +78,34 @@ def engine_settings(cfg, model) -> Settings:
     )  # fmt: skip
 
 
-def check_prompts(cfg, model, engine: Engine) -> None:
-    """Raises InputError, with file and line, for a prompt that cannot be sampled; before anything is written."""
-    if model.tokenizer is None:
-        raise InputError(f"{cfg.model}: has no tokenizer.json; sample needs one for the prompts' text")
-    for path in cfg.data:
-        for line, row in iter_json_lines(path):
-            try:
-                engine.check(len(encode_prompt(model.tokenizer, row["prompt"])))
-            except ValueError as error:
-                raise file_error(path, f"the prompt {error}", line) from None
-            except InputError as error:
-                raise file_error(path, str(error), line) from None
+def check_prompt(engine: Engine, row: dict) -> None:
+    """InputError for a prompt that does not fit the context or the memory, before anything is written."""
+    try:
+        engine.check(len(encode_prompt(engine.model.tokenizer, row["prompt"])))
+    except ValueError as error:
+        raise InputError(f"the prompt {error}") from None
 
 
-def sample_lines(job: LineJob, engine: Engine, tokenizer, cfg) -> dict[str, int]:
-    """Samples what this rank still has to do, each line kept as it finishes; counts of this run."""
-    rows: dict[int, dict] = {}  # those in the engine
+def sample_lines(job: LineJob, engine: Engine, cfg) -> dict[str, int]:
+    """Samples what this rank still has to do, each line kept as it finishes; counts of this rank and run."""
+    tokenizer, rows = engine.model.tokenizer, {}  # rows: those in the engine, by line
 
     def requests():
         for index, row in job.rows():
             rows[index] = row
             yield Request(encode_prompt(tokenizer, row["prompt"]), cfg.k, index)
 
-    own = sum(1 for _ in job.rows())
-    progress, started, done, tokens = Progress("sample", own), time.monotonic(), 0, 0
+    before, size = len(job.done), job.world.size
+    progress, started = Progress("sample", job.total, before), time.monotonic()
+    lines = tokens = 0
     try:
         for index, rollouts in engine.groups(requests()):
             job.add(index, group_row(rows.pop(index), rollouts, tokenizer, cfg))
-            done += 1
+            lines += 1
             tokens += sum(len(r.tokens) for r in rollouts)
             if job.world.is_main:
-                progress.update(done, f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+                done = min(job.total, before + lines * size)  # the other ranks are about as far
+                progress.update(done, f"{size * tokens / (time.monotonic() - started):.0f} tokens/s")
     finally:
         progress.close()
     return {"sampled_tokens": tokens, "prompt_tokens_computed": engine.prefilled_tokens}
@@ -123,16 +124,12 @@ def group_row(row: dict, rollouts, tokenizer, cfg) -> dict:
     return row | {"responses": [s["text"] for s in samples], "samples": samples}
 
 
-def _describe(engine: Engine, name: str) -> str:
-    cache = engine.cache
-    return f"{name}, {cache.num_pages} pages of {cache.page_size} tokens, at most {engine.settings.max_batch} at once"
-
-
-def _bound_line(model) -> str:
-    bound = row_bound(model)
-    if bound == 0.0:
-        return "a response does not depend on the batch: the products' rows are bit-equal on this machine"
-    return (
-        f"this machine's products move a row by up to {bound:.1e} of the largest element with the rows beside it; a "
-        "response may differ in another batch where two words are that close"
+def headline(job: LineJob, engine: Engine, cfg) -> str:
+    cache, bound = engine.cache, row_bound(engine.model)
+    bits = (
+        "a response does not depend on the batch"
+        if bound == 0
+        else f"products change by {bound:.1e} with the batch, and with them words that are as close"
     )
+    room = f"{cache.num_pages} pages of {cache.page_size} tokens, at most {cfg.max_batch} sequences at once"
+    return f"sample: {job.total} prompts, {cfg.k} responses each; {cfg.precision}; {room}; {bits}"

@@ -6,15 +6,16 @@ same command after an interruption goes on with what is missing, with any number
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hpsafety.data.records import iter_records
+from hpsafety.data.records import iter_numbered, iter_records
 from hpsafety.errors import InputError, file_error
 from hpsafety.files import atomic_write
 from hpsafety.train import distributed
@@ -53,7 +54,7 @@ class LineJob:
         self.complete = self._finished_before(config.resume)
         if config.resume:
             self._refuse_other()
-        self.done: dict[int, tuple[Path, int]] = {}  # line -> (file, offset of its text)
+        self.done: set[int] = set()  # lines that have a result from before
         self.handle = None
 
     def _finished_before(self, resume: bool) -> bool:
@@ -76,8 +77,7 @@ class LineJob:
             self._claim(resume)
         distributed.barrier(self.world)
         for path in sorted(self.part.glob("rank-*.jsonl")):
-            for line, offset in _whole_lines(path):
-                self.done[json.loads(line)["index"]] = (path, offset)
+            self.done.update(json.loads(line)["index"] for line, _ in _whole_lines(path))
         distributed.barrier(self.world)  # nobody appends before everybody has read
         path = self.part / f"rank-{self.world.rank}.jsonl"
         _cut_half_line(path)
@@ -105,6 +105,20 @@ class LineJob:
         self.part.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as handle:
             json.dump(self.manifest, handle, indent=2)
+
+    def check_rows(self, check: Callable[[dict], None]) -> None:
+        """Calls check(row) for every row; an InputError it raises gets the row's FILE:LINE (before any work)."""
+        for path in self.data:
+            for line, row in iter_numbered(path, self.kind):
+                try:
+                    check(row)
+                except InputError as error:
+                    raise file_error(path, str(error), line) from None
+
+    def place(self, index: int) -> str:
+        """FILE:LINE of a row, for a message: reads the files again up to there."""
+        places = (f"{path}:{line}" for path in self.data for line, _ in iter_numbered(path, self.kind))
+        return next(itertools.islice(places, index, None))
 
     def rows(self) -> Iterator[tuple[int, dict]]:
         """(line, row) of what this rank still has to do; the remaining lines go round the ranks."""

@@ -16,7 +16,9 @@ from hpsafety.train import checkpoint
 EXECUTION = (
     "resume", "out", "device", "tokens_per_batch", "checkpoint_every", "recompute", "kv_memory", "max_batch",
 )  # fmt: skip
-OURS = ("model", "metrics.jsonl", "manifest.json", "checkpoints", "log.txt", "tb")
+OURS = (
+    "model", "metrics.jsonl", "manifest.json", "checkpoints", "log.txt", "tb", "report.json", "report.html",
+)  # fmt: skip
 
 
 def sha256(path: Path) -> str:

@@ -89,7 +89,7 @@ def test_the_record(model_dir, prompts, tmp_path):
     manifest = json.loads(Path(cfg.out + ".manifest.json").read_text())
     tokens = sum(len(s["tokens"]) for row in rows for s in row["samples"])
     counts = {"lines": 12, "sampled_tokens": tokens, "prompt_tokens_computed": sum(map(len, ids))}
-    assert manifest["counts"] == counts and "model/tiny/model.safetensors" in manifest["input_hashes"]
+    assert manifest["counts"] == counts and "model/model.safetensors" in manifest["input_hashes"]
 
 
 def test_batch_and_memory_are_execution_details(model_dir, prompts, tmp_path):
@@ -218,7 +218,9 @@ def test_damaged_weights_stop_the_run(model_dir, prompts, tmp_path, capsys, monk
         model.blocks[0].down[0] = float("nan")
     monkeypatch.setattr(sample, "load_model", lambda *_: model)
     assert cli.main(words(config(model_dir, prompts, tmp_path / "out.jsonl"))) == 1
-    assert "prompt 0, sample 0: the model's logits at new token 0 are not finite" in capsys.readouterr().err
+    assert (
+        "a.jsonl:1: prompt 0, sample 0: the logits of new token 0 are not finite" in capsys.readouterr().err
+    )
 
 
 def test_a_model_without_a_tokenizer(prompts, tmp_path):
