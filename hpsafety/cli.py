@@ -31,10 +31,21 @@ COMMANDS = {
         "one reward model, of safety or of helpfulness, from preference pairs",
         "RewardConfig",
         "hpsafety.stages.reward:run",
+    ),
     "score": (
         "scores of groups of responses by a safety and a helpfulness reward model",
         "ScoreConfig",
         "hpsafety.stages.score:run",
+    ),
+    "sample": (
+        "K responses per prompt, as groups; resumable, over ranks",
+        "SampleConfig",
+        "hpsafety.stages.sample:run",
+    ),
+    "chat": (
+        "talk to a checkpoint in the terminal, --against DIR side by side",
+        "ChatConfig",
+        "hpsafety.chat:run",
     ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",

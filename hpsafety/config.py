@@ -172,6 +172,78 @@ class ScoreConfig:
         require_at_least(self, 1, "tokens_per_batch")
 
 
+def memory_bytes(text: str) -> int | None:
+    """Bytes of a size such as 512MB, 2GB or 1.5G, in powers of 1024; None where it is no size above 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) or None if match else None
+
+
+def require_sampling(cfg) -> None:
+    """The settings of a draw, by the names all sampling commands share."""
+    require_at_least(cfg, 1, "max_new_tokens")
+    require(cfg, "temperature", 0 <= cfg.temperature < math.inf, "a number, 0 (greedy) or greater")
+    require(cfg, "top_p", 0 < cfg.top_p <= 1, "greater than 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """K responses per prompt."""
+
+    model: str = option("model to sample from: HF directory, .gguf file, or smollm2")
+    data: tuple[str, ...] = option("JSON-lines files of prompts")
+    out: str = option("JSON-lines file of groups to write; OUT.part holds what is finished until then")
+    k: int = option("responses per prompt", 1)
+    temperature: float = option("of the softmax; 0 is greedy", 1.0)
+    top_p: float = option("draw from the most likely words of this much probability, 0 to 1", 1.0)
+    top_k: int = option("draw from this many most likely words; 0: all", 0)
+    max_new_tokens: int = option("tokens per response, at most", 256)
+    seed: int = option("seed of the draws, with the prompt's line and the sample's number", 0)
+    kv_memory: str | None = option(
+        "keys and values of each process, such as 512MB or 2GB; a quarter of the free memory if absent", None
+    )
+    max_batch: int = option("sequences decoded at once, at most; changes memory and speed, not the text", 64)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    precision: Precision = option("bf16 only where it is faster when auto", "auto")
+    resume: bool = option("go on from what OUT.part holds", True)
+
+    def __post_init__(self):
+        require(self, "model", bool(self.model), "a directory, a file or a name")
+        require(self, "data", len(self.data) > 0 and all(self.data), "one file or more")
+        require(self, "out", bool(self.out), "a file")
+        require_at_least(self, 1, "k", "max_batch")
+        require_at_least(self, 0, "top_k")
+        require_sampling(self)
+        require_seed(self)
+        known = self.kv_memory is None or memory_bytes(self.kv_memory) is not None
+        require(self, "kv_memory", known, "a size such as 512MB or 2GB")
+        require_device(self)
+        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ChatConfig:
+    """Talk to a checkpoint in the terminal."""
+
+    model: str = option("model to talk to: HF directory, .gguf file, or smollm2")
+    against: str | None = option("a second model that answers side by side", None)
+    system: str | None = option("system message of the conversation", None)
+    temperature: float = option("of the softmax; 0 is greedy", 0.7)
+    top_p: float = option("draw from the most likely words of this much probability, 0 to 1", 0.95)
+    max_new_tokens: int = option("tokens per answer, at most", 512)
+    seed: int = option("seed of the draws, with the turn's number", 0)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    precision: Precision = option("bf16 only where it is faster when auto", "auto")
+
+    def __post_init__(self):
+        require(self, "model", bool(self.model), "a directory, a file or a name")
+        require(self, "against", self.against != "", "a directory, a file or a name")
+        require(self, "system", self.system is None or bool(self.system.strip()), "text")
+        require_sampling(self)
+        require_seed(self)
+        require_device(self)
+        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """The whole pipeline, small, on the built-in model and data."""

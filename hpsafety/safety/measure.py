@@ -7,10 +7,10 @@ import torch
 from hpsafety.data.batches import micro_batches
 from hpsafety.data.chat import encode_prompt
 from hpsafety.data.groups import pack
+from hpsafety.rollout.engine import Engine, Request
+from hpsafety.rollout.sampler import Settings, stop_ids
 from hpsafety.safety.intervals import Rate, wilson
 from hpsafety.safety.judges import judge_refusal
-
-PROMPTS_PER_BATCH = 64
 
 
 def greedy_answers(
@@ -20,17 +20,14 @@ def greedy_answers(
 
     on_progress  called with (prompts done, tokens generated so far)
     """
-    texts: list[str] = []
-    tokens = 0
-    for start in range(0, len(rows), PROMPTS_PER_BATCH):
-        prompts = [
-            encode_prompt(model.tokenizer, row["prompt"]) for row in rows[start : start + PROMPTS_PER_BATCH]
-        ]
-        rollouts = model.generate(prompts, max_new_tokens=max_new_tokens, temperature=0.0)
-        texts += [model.tokenizer.decode(r.tokens, skip_special=True).strip() for r in rollouts]
-        tokens += sum(len(r.tokens) for r in rollouts)
+    engine = Engine(model, Settings(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop_ids(model)))
+    texts, done, tokens = [""] * len(rows), 0, 0
+    requests = (Request(encode_prompt(model.tokenizer, row["prompt"]), 1, i) for i, row in enumerate(rows))
+    for rollout in engine.rollouts(requests):
+        texts[rollout.prompt_index] = model.tokenizer.decode(rollout.tokens, skip_special=True).strip()
+        done, tokens = done + 1, tokens + len(rollout.tokens)
         if on_progress:
-            on_progress(len(texts), tokens)
+            on_progress(done, tokens)
     return texts
 
 
