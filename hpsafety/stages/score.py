@@ -97,7 +97,8 @@ def headline(job: LineJob, scorer: Scorer, why: str) -> str:
         if change == 0
         else f"products change by {change:.1e} with the batch"
     )
-    return f"score: {job.total} groups; {trunks}; {why}; {bits}"
+    before = f", {len(job.done)} of them done before" if job.done else ""
+    return f"score: {job.total} groups{before}; {trunks}; {why}; {bits}"
 
 
 def score_rows(job: LineJob, scorer: Scorer, cfg, world) -> None:
