@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 def _form(annotation) -> tuple[type, bool, tuple | None]:
     """A field's (element type, whether it is a list, choices or None): int | None is (int, False, None)."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return _form(next(a for a in args if a is not types.NoneType))
     if origin is tuple:
         return args[0], True, None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpsafety import cli, doctor, flags
-from hpsafety.config import DemoConfig, SFTConfig
+from hpsafety.config import DemoConfig, RewardConfig, SFTConfig, TrainConfig
 from hpsafety.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,8 +244,9 @@ def test_the_stage_gets_the_config(planted):
 
 
 def test_configs_are_flat_and_frozen():
-    for config in (SFTConfig, DemoConfig):
-        assert config.__mro__ == (config, object)
+    """A stage's config adds to what all stages share (TrainConfig), and no config goes deeper."""
+    for config in (SFTConfig, RewardConfig, DemoConfig):
+        assert config.__mro__ in ((config, object), (config, TrainConfig, object))
         assert all(field.metadata["help"] and field.kw_only for field in dataclasses.fields(config))
     with pytest.raises(dataclasses.FrozenInstanceError):
         DemoConfig().seed = 1

@@ -4,8 +4,8 @@ import torch
 
 from bench.end_to_end.common import BETAS, EPS, MAX_NORM, WEIGHT_DECAY, Group, Run, Settings, steps, timed_run
 from hpsafety import PromptGroup, load_model
-from hpsafety.stages.sft import count_trained
 from hpsafety.train import distributed
+from hpsafety.train.finetune import count_trained
 from hpsafety.train.optim import AdamW
 from hpsafety.train.step import train_step
 

@@ -134,6 +134,8 @@ def _render_for(tokenizer, messages: list[dict]) -> str:
 
 
 def _check_messages(tokenizer, messages: list[dict]) -> None:
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer; add its tokenizer.json and tokenizer_config.json")
     if tokenizer.chat_template is None:
         where = "add chat_template to its tokenizer_config.json"
         raise InputError(f"the model has no chat template; {where} or use a chat model")

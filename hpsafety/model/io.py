@@ -165,6 +165,8 @@ def gather(
         if _ignored(name, config):
             continue
         place = places.get(name)
+        if place is None and name == "score.weight":
+            raise file_error(where, "is a reward model or another classifier; a chat model is needed here")
         if place is None:
             raise file_error(
                 where, f"unexpected tensor {name!r}; a {config.model_type} model of this config has none"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hpsafety.profile import account, report
 from hpsafety.train import gemm_limit, metrics, precision
 from hpsafety.train.phases import Enough
-from hpsafety.train.work import count_tokens, forward_flops
+from hpsafety.train.work import count_tokens, model_flops
 
 
 class Recorder:
@@ -56,7 +56,7 @@ class Recorder:
 
     def work(self, model, groups: list, passes: int) -> None:
         self.model_config = model.config
-        new = count_tokens(groups) | {"flops": passes * sum(forward_flops(model.config, g) for g in groups)}
+        new = count_tokens(groups) | {"flops": passes * sum(model_flops(model, g) for g in groups)}
         self.counts = {name: self.counts.get(name, 0) + value for name, value in new.items()}
 
     def steps(self, items: Iterable) -> Iterator:

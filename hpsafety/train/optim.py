@@ -1,6 +1,7 @@
 """AdamW over a model's parameters, and the learning-rate schedule."""
 
 import math
+import weakref
 
 import torch
 
@@ -22,6 +23,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 0) -> float:
 class AdamW:
     """AdamW with decoupled weight decay off norms and biases, global clipping, and a skip on non-finite gradients.
 
+    Frozen parameters (requires_grad False) have no state and never change, but for the rounding of `dtype`.
     dtype  of the computation. Below fp32 an unsharded model's parameters become rounded copies (in place) of fp32
            masters kept here, and gradients accumulate in fp32; a sharded model casts by itself (FSDP2's policy).
     Defaults: the Llama 2 paper's constants for PPO (betas .9/.95, eps 1e-5, decay 0.1, clip 1.0).
@@ -30,7 +32,8 @@ class AdamW:
     def __init__(
         self, model, dtype=torch.float32, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, max_norm=1.0
     ):
-        self.names, self.params = map(list, zip(*model.named_parameters(), strict=True))
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names, self.params = map(list, zip(*trained, strict=True))
         self.betas, self.eps, self.weight_decay, self.max_norm = betas, eps, weight_decay, max_norm
         sharded = hasattr(self.params[0], "to_local")
         self.low_precision = dtype != torch.float32 and not sharded
@@ -44,6 +47,9 @@ class AdamW:
             for i, param in enumerate(self.params):
                 param.data = param.data.to(dtype)
                 param.register_post_accumulate_grad_hook(self._adder(i))
+            for param in model.parameters():
+                if not param.requires_grad:
+                    param.data = param.data.to(dtype)
 
     def zero_grad(self) -> None:
         for param in self.params:
@@ -51,12 +57,18 @@ class AdamW:
         self.untouched = set(range(len(self.params)))
 
     def _adder(self, index: int):
-        """Moves a parameter's gradient into its fp32 sum; a step's first one is copied, so nothing need be zeroed."""
+        """Moves a parameter's gradient into its fp32 sum; a step's first one is copied, so nothing need be zeroed.
+
+        The hook lives in C++, where Python's garbage collector does not see it: a strong reference back to the
+        optimiser would keep optimiser and model in memory for good.
+        """
+        weak = weakref.ref(self)
 
         def add(param) -> None:
-            main = self.main_grads[index]
-            if index in self.untouched:
-                self.untouched.remove(index)
+            own = weak()
+            main = own.main_grads[index]
+            if index in own.untouched:
+                own.untouched.remove(index)
                 main.copy_(param.grad)
             elif main.device.type == "cpu":
                 ops.accumulate_(main, param.grad)

@@ -8,7 +8,7 @@ import torch
 from hpsafety.data.batches import balance, micro_batches
 from hpsafety.data.groups import Batch, PromptGroup, pack
 from hpsafety.train import distributed, phases
-from hpsafety.train.work import forward_flops
+from hpsafety.train.work import model_flops, passes
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def _assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
     """Groups of each rank, balanced by predicted FLOPs. Every rank computes the same answer."""
     if world.size == 1:
         return [groups]
-    costs = [forward_flops(model.config, group) for group in groups]
+    costs = [model_flops(model, group) for group in groups]
     return [[groups[i] for i in part] for part in balance(costs, world.size)]
 
 
@@ -71,7 +71,7 @@ def train_step(
     """
     with phases.phase("data"):
         parts = _assign(model, groups, world)
-    phases.work(model, parts[world.rank], 3)
+    phases.work(model, parts[world.rank], passes(model))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = tokens_equiv = 0
     with phases.phase("optimiser"):

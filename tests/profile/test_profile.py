@@ -13,7 +13,8 @@ from hpsafety.config import SFTConfig
 from hpsafety.data.groups import PromptGroup
 from hpsafety.profile import command
 from hpsafety.train.work import count_tokens, forward_flops
-from tests.stages.test_sft import ROOT, data_file, model_dir
+from tests.stages.conftest import model_dir
+from tests.stages.test_sft import ROOT, data_file
 from tests.tiny import tiny_config
 
 __all__ = ["data_file", "model_dir"]  # fixtures

@@ -19,6 +19,7 @@ from hpsafety.errors import InputError, RunError
 from hpsafety.model.heads import reward_model_from
 from hpsafety.model.io import load_model, save_model
 from hpsafety.model.reward_io import load_reward_model, save_reward_model
+from hpsafety.safety import scoring_job
 from hpsafety.stages import score
 from tests.stages.conftest import model_dir, write_tokenizer
 from tests.tiny import tiny_model
@@ -230,9 +231,9 @@ def test_rows_are_streamed(models, data, tmp_path, monkeypatch):
     def rows(self):
         return ((index, Row(row)) for index, row in real(self))
 
-    real = score.LineJob.rows
-    monkeypatch.setattr(score.LineJob, "rows", rows)
-    monkeypatch.setattr(score, "WINDOW", 4)
+    real = scoring_job.LineJob.rows
+    monkeypatch.setattr(scoring_job.LineJob, "rows", rows)
+    monkeypatch.setattr(scoring_job, "WINDOW", 4)
     score.run(config(models, data, tmp_path / "out.jsonl", tokens_per_batch=100))
     assert 4 <= Row.most <= 8, f"{Row.most} rows alive with a window of 4"
     assert len(read_records(tmp_path / "out.jsonl", "score")) == ROWS
@@ -240,7 +241,7 @@ def test_rows_are_streamed(models, data, tmp_path, monkeypatch):
 
 def test_nan_stops_with_the_groups_id(models, data, tmp_path, monkeypatch):
     """The line is not counted as done, those before it are."""
-    real, calls = score.Scorer.score_part, []
+    real, calls = scoring_job.Scorer.score_part, []
 
     def score_part(self, groups, tags):
         found = real(self, groups, tags)
@@ -249,7 +250,7 @@ def test_nan_stops_with_the_groups_id(models, data, tmp_path, monkeypatch):
             found[0].helpful[1] = float("nan")
         return found
 
-    monkeypatch.setattr(score.Scorer, "score_part", score_part)
+    monkeypatch.setattr(scoring_job.Scorer, "score_part", score_part)
     with pytest.raises(
         RunError, match=r"groups.jsonl:(\d+): group '?(row-\d+|None)'?: the helpfulness .* response 1"
     ):
@@ -269,7 +270,7 @@ def error(capsys, cfg) -> str:
 def test_bad_input_exits_2_with_one_line(models, data, tmp_path, capsys, model_dir):
     out = tmp_path / "out.jsonl"
     assert "holds no reward head" in error(capsys, config((models[0], model_dir), data, out))
-    assert "--safety-rm must be the directory" in error(
+    assert "/no: no such file or directory" in error(
         capsys, config((str(tmp_path / "no"), models[1]), data, out)
     )
     folder = tmp_path / "folder"

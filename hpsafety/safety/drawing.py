@@ -1,0 +1,44 @@
+"""The style of every figure: inline SVG that follows the page's colours, light or dark, and carries its meaning as alt
+text. Here and not in report/, because stages draw too and stand below it."""
+
+import html
+import io
+import re
+
+INK = "#010203"  # stands for the page's text colour; replaced by currentColor in the SVG
+# Readable on light and dark, and apart for colour-blind readers.
+BEFORE, MIDDLE, AFTER = "#d9822b", "#8a63d2", "#2b7bd9"
+
+
+def figure(width: float = 6.4, height: float = 3.8):
+    """A matplotlib figure and axes in the page's style, inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "hpsafety",
+        "font.family": "sans-serif", "axes.grid": True, "grid.alpha": 0.25, "grid.color": INK,
+    }  # fmt: skip
+    with pyplot.rc_context(style):
+        fig, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    fig.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    return fig, axes
+
+
+def to_svg(fig, alt: str) -> str:
+    """The figure as an <svg> element with role and label; closes the figure."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hpsafety"}):
+        fig.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(fig)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt, quote=True)}"', 1)
