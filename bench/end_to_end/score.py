@@ -8,8 +8,9 @@ from bench.end_to_end import alternate
 from bench.end_to_end.common import Settings
 
 CONTENDERS = ("hpsafety", "transformers")
-# Largest difference of a score (a logit). In bf16 both round every product to 8 bits, each in its own order.
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
+# Largest difference of a score (a logit). bf16 rounds to 8 bits, each program in its own order: both of them differ from
+# the fp32 scores by 0.03 rms and 0.08 at most, and from each other by 0.13.
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.3}
 
 
 def check_scores(runs: list[dict], tolerance: float) -> None:
