@@ -8,7 +8,7 @@ from bench.end_to_end import alternate
 from bench.end_to_end.common import Settings
 
 CONTENDERS = ("hpsafety", "transformers")
-# Largest difference of a score (a logit). bf16 rounds to 8 bits, each program in its own order: both of them differ from
+# Largest difference of a score (a logit). bf16 rounds to 8 bits, each program in its own order: both differ from
 # the fp32 scores by 0.03 rms and 0.08 at most, and from each other by 0.13.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.3}
 
