@@ -47,6 +47,11 @@ COMMANDS = {
         "ChatConfig",
         "hpsafety.chat:run",
     ),
+    "reject": (
+        "rejection sampling: sample, score, keep the best of the pool, fine-tune on it",
+        "RejectConfig",
+        "hpsafety.stages.reject:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

@@ -245,6 +245,49 @@ class ChatConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RejectConfig(TrainConfig):
+    """Rejection sampling: the best of K samples per prompt becomes what the base model is fine-tuned on."""
+
+    model: str = option("newest model: it samples in the first iteration, with --student in all")
+    base: str | None = option("weights every fine-tuning starts from; --model if absent", None)
+    student: str | None = option("smaller model to fine-tune on --model's best samples; never sampled", None)
+    safety_rm: str = option("directory of the safety reward model")
+    helpful_rm: str = option("directory of the helpfulness reward model")
+    data: tuple[str, ...] = option("JSON-lines files of prompts, or folders of the datasets library")
+    k: int = option("samples per prompt", 8)
+    iterations: int = option("rounds of sampling and fine-tuning; each samples the one before's model", 1)
+    temperatures: tuple[float, ...] = option(
+        "grid of the search on validation prompts in each iteration; one value: no search", (0.7, 1.0, 1.3)
+    )
+    search_prompts: int = option("validation prompts of the search, at most", 64)
+    top_p: float = option("probability kept of the most likely words, above 0 to 1", 1.0)
+    top_k: int = option("most likely words kept; 0: all", 0)
+    max_new_tokens: int = option("tokens per sample, at most", 256)
+    pool: Literal["all", "last"] = option("winners from all iterations so far, or from the last alone", "all")
+    pool_from: tuple[str, ...] = option(
+        "earlier runs of reject, or group files, whose samples join the pool", ()
+    )
+    all_safety: bool = option("take rows without is_safety as safety rows", False)
+    kv_memory: str | None = option(
+        "memory for keys and values, as 2GB; a quarter of what is free if absent", None
+    )
+    max_batch: int = option("sequences decoded at once, at most", 64)
+    epochs: int = option("passes over the winners", 2)
+    lr: float = option("peak learning rate; a cosine takes it to a tenth", 2e-5)
+
+    def __post_init__(self):
+        TrainConfig.__post_init__(self)
+        for field in ("safety_rm", "helpful_rm"):
+            require(self, field, bool(getattr(self, field)), "a directory")
+        require_at_least(self, 1, "k", "iterations", "search_prompts", "max_new_tokens", "max_batch")
+        require_at_least(self, 0, "top_k")
+        require(self, "top_p", 0 < self.top_p <= 1, "above 0, up to 1")
+        fine = all(0 <= t < math.inf for t in self.temperatures) and self.temperatures
+        require(self, "temperatures", bool(fine), "one number or more, each 0 or greater")
+        require(self, "pool", self.pool in ("all", "last"), "all or last")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """The whole pipeline, small, on the built-in model and data."""
 
@@ -257,14 +300,23 @@ class DemoConfig:
     train_tokens: int = option("tokens to train on, at most", 12_000)
     eval_prompts: int = option("held-out prompts asked per set, before and after", 60)
     answer_tokens: int = option("tokens per answer, at most", 40)
+    reward_tokens: int = option("tokens each reward model is trained on, at most", 10_000)
+    reward_lr: float = option("peak learning rate of the reward models", 5e-5)
+    held_pairs: int = option("held-out pairs each reward model is measured on, at most", 48)
+    k: int = option("answers per prompt in rejection sampling", 4)
+    reject_tokens: int = option("tokens of prompts and samples in rejection sampling, at most", 8_000)
+    reject_lr: float = option("peak learning rate on the best answers", 2e-5)
 
     def __post_init__(self):
         require(self, "out", bool(self.out), "a directory")
         require_seed(self)
         require_device(self)
         require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
-        require_at_least(self, 1, "batch", "train_tokens", "eval_prompts", "answer_tokens")
-        require(self, "lr", math.isfinite(self.lr) and self.lr > 0, "a number greater than 0")
+        require_at_least(self, 1, "batch", "train_tokens", "eval_prompts", "answer_tokens", "reward_tokens")
+        require_at_least(self, 1, "held_pairs", "k", "reject_tokens")
+        for field in ("lr", "reward_lr", "reject_lr"):
+            value = getattr(self, field)
+            require(self, field, math.isfinite(value) and value > 0, "a number greater than 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

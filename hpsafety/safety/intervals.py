@@ -31,4 +31,8 @@ def wilson(count: int, total: int) -> Rate:
     p, z2 = count / total, Z95 * Z95 / total
     centre = (p + z2 / 2) / (1 + z2)
     half = Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total)) / (1 + z2)
-    return Rate(count, total, p, max(0.0, centre - half), min(1.0, centre + half))
+    low = (
+        centre - half if count else 0.0
+    )  # exact at both ends: a rounding error would put p outside of its interval
+    high = centre + half if count < total else 1.0
+    return Rate(count, total, p, low, high)

@@ -1,11 +1,13 @@
 """Fine-tuning on demonstrations, which several stages do: loss on answer tokens only (spec section 2)."""
 
+import dataclasses
 import logging
 
 import torch
 
 from hpsafety.data.batches import drop_long
 from hpsafety.data.chat import encode_dialogue
+from hpsafety.data.groups import PromptGroup
 from hpsafety.errors import InputError
 from hpsafety.model.io import save_state
 from hpsafety.train import distributed, stage
@@ -20,7 +22,7 @@ def build_groups(rows: list[dict], tokenizer, max_length: int) -> tuple[list, di
     rows  with `prompt` and `response`
     Raises InputError when nothing is left.
     """
-    groups = [encode_dialogue(tokenizer, row["prompt"], row["response"]) for row in rows]
+    groups = [encode(tokenizer, row) for row in rows]
     kept, dropped = drop_long(groups, max_length)
     if not kept:
         raise InputError(
@@ -31,6 +33,16 @@ def build_groups(rows: list[dict], tokenizer, max_length: int) -> tuple[list, di
             "--safety-fraction"
         )
     return [groups[i] for i in kept], {"dropped_too_long": dropped}
+
+
+def encode(tokenizer, row: dict) -> PromptGroup:
+    """A demonstration as a group. Where the sampler cut the answer (`finish` is "length"), the end of turn is not
+    trained: the model never said that it had finished."""
+    group = encode_dialogue(tokenizer, row["prompt"], row["response"])
+    if row.get("finish") != "length":
+        return group
+    mask = [True] * len(group.responses[0]) if group.train is None else list(group.train[0])
+    return dataclasses.replace(group, train=[[*mask[:-1], False]])
 
 
 def longest(cfg, model) -> int:

@@ -20,7 +20,7 @@ from hpsafety.errors import InputError, file_error
 from hpsafety.files import atomic_write
 from hpsafety.train import distributed
 from hpsafety.train.metrics import close_log, open_log
-from hpsafety.train.rundir import now, refuse_other, sha256, versions
+from hpsafety.train.rundir import input_hashes, now, refuse_other, sha256, versions
 
 log = logging.getLogger("hpsafety")
 
@@ -45,7 +45,7 @@ class LineJob:
         if self.total == 0:
             raise InputError(f"{', '.join(map(str, self.data))}: no rows are left to work on")
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-        hashes = {path.name: sha256(path) for path in self.data} | extra
+        hashes = input_hashes(self.data) | extra
         self.manifest = {
             "stage": command, "config": settings, "code_version": versions()["hpsafety"], "seed": settings.get("seed"),
             "versions": versions(), "world_size": world.size, "input_hashes": hashes, "output_hashes": {},
@@ -55,7 +55,7 @@ class LineJob:
         if config.resume:
             self._refuse_other()
         self.done: set[int] = set()  # lines that have a result from before
-        self.handle = None
+        self.handle = self.log = None
 
     def _finished_before(self, resume: bool) -> bool:
         """Whether OUT is already the result of this very command."""
@@ -83,7 +83,7 @@ class LineJob:
         _cut_half_line(path)
         self.handle = open(path, "ab")  # noqa: SIM115  closed by close()
         if self.world.is_main:
-            open_log(self.part / "log.txt")
+            self.log = open_log(self.part / "log.txt")
             if self.done:
                 log.info("resumed: %d of %d lines are done", len(self.done), self.total)
 
@@ -140,18 +140,18 @@ class LineJob:
         self.handle.flush()
 
     def close(self) -> None:
-        """After an interruption: OUT.part stays as it is."""
+        """Ends the files of this process; after an interruption OUT.part stays as it is."""
         if self.handle is not None:
             self.handle.close()
-        close_log()
+        close_log(self.log)
+        self.log = None
 
     def finish(self, counts: dict) -> None:
         """Writes OUT from the parts of all ranks, its manifest beside it, and removes OUT.part (a collective call)."""
-        self.handle.close()
+        self.close()
         distributed.barrier(self.world)
         if self.world.is_main:
             written = self._merge()
-            close_log()
             self.manifest |= {
                 "output_hashes": {self.out.name: sha256(self.out)},
                 "counts": {"lines": written} | counts,

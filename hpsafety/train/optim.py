@@ -1,6 +1,7 @@
 """AdamW over a model's parameters, and the learning-rate schedule."""
 
 import math
+import weakref
 
 import torch
 
@@ -56,12 +57,18 @@ class AdamW:
         self.untouched = set(range(len(self.params)))
 
     def _adder(self, index: int):
-        """Moves a parameter's gradient into its fp32 sum; a step's first one is copied, so nothing need be zeroed."""
+        """Moves a parameter's gradient into its fp32 sum; a step's first one is copied, so nothing need be zeroed.
+
+        The hook lives in C++, where Python's garbage collector does not see it: a strong reference back to the
+        optimiser would keep optimiser and model in memory for good.
+        """
+        weak = weakref.ref(self)
 
         def add(param) -> None:
-            main = self.main_grads[index]
-            if index in self.untouched:
-                self.untouched.remove(index)
+            own = weak()
+            main = own.main_grads[index]
+            if index in own.untouched:
+                own.untouched.remove(index)
                 main.copy_(param.grad)
             elif main.device.type == "cpu":
                 ops.accumulate_(main, param.grad)

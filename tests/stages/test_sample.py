@@ -22,6 +22,7 @@ from hpsafety.data.chat import encode_prompt
 from hpsafety.data.records import read_records
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model, save_model
+from hpsafety.safety import sampling_job
 from hpsafety.stages import sample
 from tests.stages.conftest import write_tokenizer
 
@@ -142,9 +143,9 @@ def test_resume_is_byte_equal(model_dir, tmp_path, monkeypatch):
     assert code == 130 and "interrupted; what is finished is kept in" in stderr and "Traceback" not in stderr
     kept = part.read_bytes()
     assert kept.startswith(killed) and kept.endswith(b"\n") and 10 <= kept.count(b"\n") < 90
-    engines, original = [], sample.sample_lines
+    engines, original = [], sampling_job.sample_lines
     monkeypatch.setattr(
-        sample,
+        sampling_job,
         "sample_lines",
         lambda job, engine, *rest: engines.append(engine) or original(job, engine, *rest),
     )
@@ -216,7 +217,7 @@ def test_damaged_weights_stop_the_run(model_dir, prompts, tmp_path, capsys, monk
     model = load_model(model_dir)
     with torch.no_grad():
         model.blocks[0].down[0] = float("nan")
-    monkeypatch.setattr(sample, "load_model", lambda *_: model)
+    monkeypatch.setattr(sampling_job, "load_model", lambda *_: model)
     assert cli.main(words(config(model_dir, prompts, tmp_path / "out.jsonl"))) == 1
     assert (
         "a.jsonl:1: prompt 0, sample 0: the logits of new token 0 are not finite" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """AdamW and the schedule."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -109,3 +111,14 @@ def test_bf16_gradients_add_up_in_fp32_and_start_anew_each_step():
         assert torch.equal(grads[0], torch.full_like(grads[0], 1 + 2.0**-9))
         assert torch.equal(grads[1], torch.full_like(grads[1], 1.0 - step))
         assert all(not g.any() for g in grads[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_outlives_a_run(dtype):
+    """A demo or a pipeline trains several models in one process: each leaves memory with its last reference."""
+    model = tiny_model()
+    optimizer = AdamW(model, dtype)
+    seen = [weakref.ref(x) for x in (model, optimizer, model.embed, optimizer.masters[0])]
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 4
