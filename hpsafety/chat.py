@@ -10,15 +10,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from hpsafety.data.chat import encode_prompt
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model
 from hpsafety.report.demo import printable
 from hpsafety.rollout.engine import Engine, Request
 from hpsafety.rollout.sampler import Settings, stop_ids
-from hpsafety.train import precision
+from hpsafety.train import distributed, precision
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C ends an answer"
 
@@ -144,10 +142,8 @@ def _reset(voices: list[Voice], system: list[dict]) -> None:
 
 
 def _load(path: str, cfg) -> Voice:
-    device = (
-        "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu")
-    )
-    dtype, _ = precision.choose(cfg.precision, torch.device(device))
+    device = distributed.init(cfg.device).device
+    dtype, _ = precision.choose(cfg.precision, device)
     model = load_model(path, dtype, device)
     if model.tokenizer is None:
         raise InputError(f"{path}: has no tokenizer.json; chat needs one")

@@ -16,14 +16,16 @@ from hpsafety import config, flags
 from hpsafety.config import ProfileConfig, flag
 from hpsafety.errors import InputError, file_error
 
+UNMARKED = ("sample",)  # a step is one token per sequence: bench/end_to_end/generate.py times it as a whole
 SUMMARY = "where a step's time goes: a few steps of a stage under torch.profiler"
 PROG = "hpsafety profile"
 SCRATCH = ".run"
 
 
 def stage_names(commands: dict) -> list[str]:
-    """The commands that are stages with a run directory."""
-    return [name for name, (_, _, target) in commands.items() if target.startswith("hpsafety.stages.")]
+    """The commands that are stages and mark their steps (hpsafety/train/phases.py)."""
+    stages = [name for name, (_, _, target) in commands.items() if target.startswith("hpsafety.stages.")]
+    return [name for name in stages if name not in UNMARKED]
 
 
 def parse(args: list[str], commands: dict):

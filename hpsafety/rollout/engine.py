@@ -28,7 +28,8 @@ class NotFinite(RunError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """k responses to one prompt. prompt_index is part of the key of every draw and global over ranks."""
+    """k responses to one prompt. prompt_index is part of the key of every draw, its own of each request, and global
+    over ranks."""
 
     prompt: list[int]
     k: int

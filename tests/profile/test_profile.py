@@ -129,7 +129,7 @@ def test_an_earlier_profile_is_written_over(profiled, model_dir, data_file):
         (["profile"], "give a stage after hpsafety profile: sft"),
         (["profile", "--model", "m"], "give a stage after hpsafety profile: sft"),
         (["profile", "stf"], "no stage 'stf' to profile; did you mean sft? See hpsafety profile --help"),
-        (["profile", "doctor"], "no stage 'doctor' to profile; there are: "),
+        (["profile", "bench"], "no stage 'bench' to profile; there are: "),
         (["profile", "sft"], "--model is missing"),
         (["profile", "sft", "--profile-steps", "0"], "--profile-steps must be at least 1, got 0"),
         (["profile", "sft", "--profile-steps"], "--profile-steps: expected one argument"),
