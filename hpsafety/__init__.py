@@ -13,6 +13,7 @@ _HOME = {
     "pack": "hpsafety.data.groups",
     "load_model": "hpsafety.model.io",
     "save_model": "hpsafety.model.io",
+    "generate": "hpsafety.rollout.generate",
 }
 __all__ = ["__version__", *_HOME]
 

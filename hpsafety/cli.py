@@ -32,6 +32,26 @@ COMMANDS = {
         "RewardConfig",
         "hpsafety.stages.reward:run",
     ),
+    "score": (
+        "scores of groups of responses by a safety and a helpfulness reward model",
+        "ScoreConfig",
+        "hpsafety.stages.score:run",
+    ),
+    "sample": (
+        "K responses per prompt, as groups; resumable, over ranks",
+        "SampleConfig",
+        "hpsafety.stages.sample:run",
+    ),
+    "chat": (
+        "talk to a checkpoint in the terminal, --against DIR side by side",
+        "ChatConfig",
+        "hpsafety.chat:run",
+    ),
+    "reject": (
+        "rejection sampling: sample, score, keep the best of the pool, fine-tune on it",
+        "RejectConfig",
+        "hpsafety.stages.reject:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

@@ -1,167 +1,212 @@
 """`hpsafety demo`: a real chat model learns safer answers on a laptop, and a report shows both sides of the trade.
 
-Fine-tunes smollm2 (135M, already instruction-tuned) on a seeded subset of the demo data, and asks the same held-out
-questions before and after: adversarial ones (to be declined), borderline ones that only look dangerous and plain
-helpful ones (both to be answered).
+smollm2 (135M, already instruction-tuned) is fine-tuned on a seeded subset of the demo data; two reward models learn
+from the demo's preference pairs; the fine-tuned model answers prompts several times, and learns from its best answers.
+The same held-out questions are asked at each step: adversarial ones (to be declined), borderline ones that only look
+dangerous and plain helpful ones (both to be answered).
 """
 
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
-from hpsafety.config import DemoConfig, SFTConfig
+from hpsafety.config import DemoConfig, RejectConfig, RewardConfig, SFTConfig
 from hpsafety.data.batches import group_tokens
-from hpsafety.data.chat import encode_dialogue
+from hpsafety.data.chat import encode_dialogue, encode_prompt, encode_response
 from hpsafety.data.demo import path as demo_path
-from hpsafety.data.records import Records, read_records, write_records
+from hpsafety.data.records import read_records, write_records
 from hpsafety.errors import InputError
 from hpsafety.files import atomic_write
 from hpsafety.model.io import load_model
 from hpsafety.report.demo import terminal_tables, write_report
-from hpsafety.safety.intervals import Rate
-from hpsafety.safety.judges import judge_refusal
-from hpsafety.safety.measure import greedy_answers, loss_per_token, refusal_rate
-from hpsafety.stages import sft
+from hpsafety.safety.measure import SETS, Measured, measure, score_answers
+from hpsafety.stages import reject, reward, sft
 from hpsafety.train import precision
-from hpsafety.train.metrics import Progress, say
+from hpsafety.train.metrics import say
 
 MODEL = "smollm2"
-SETS = ("adversarial", "borderline", "helpful")  # what should happen: refused, answered, answered
+KINDS = ("safety", "helpfulness")
+SHARES = {"safety": (9, 1), "helpfulness": (1, 1)}  # safety pairs to helpfulness pairs (RM-6)
+RUNS = ("sft", "reward-safety", "reward-helpfulness", "reject")
 SAMPLES_PER_SET = 2
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One checkpoint on the held-out sets: loss on held-out answers, refusals and answers by set."""
-
-    loss: float
-    refused: dict[str, Rate]
-    answers: dict[str, list[str]]
-    verdicts: dict[str, list[str]]
+def shuffled(rows: list[dict], seed: int) -> list[dict]:
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
 
 
-def choose_rows(rows: list[dict], tokenizer, train_tokens: int, seed: int) -> list[dict]:
-    """Rows to train on, at most train_tokens tokens in all: safety demonstrations, harmless look-alikes and plain
-    helpful rows in turn, each kind in a seeded order."""
-    rng = np.random.default_rng(seed)
-    kinds = (
-        lambda r: r.get("is_safety", False),
-        lambda r: r.get("is_borderline", False),
-        lambda r: not r.get("is_safety", False) and not r.get("is_borderline", False),
-    )
-    queues = []
-    for kind in kinds:
-        own = [r for r in rows if kind(r)]
-        queues.append([own[i] for i in rng.permutation(len(own))])
+def in_turn(rows: list[dict], seed: int) -> list[dict]:
+    """Safety rows, harmless look-alikes and plain helpful rows in turn, each kind in a seeded order."""
+    kinds = [[], [], []]
+    for row in shuffled(rows, seed):
+        kinds[0 if row.get("is_safety") else 1 if row.get("is_borderline") else 2].append(row)
+    return [row for turn in zip_longest(*kinds) for row in turn if row is not None]
+
+
+def within(rows: list[dict], size, tokens: int) -> list[dict]:
+    """The first rows that together hold at most `tokens` tokens; size(row) counts a row's."""
     chosen, total = [], 0
-    for position in range(max(map(len, queues))):
-        for queue in queues:
-            if position >= len(queue):
-                continue
-            row = queue[position]
-            size = group_tokens(encode_dialogue(tokenizer, row["prompt"], row["response"]))
-            if total + size > train_tokens:
-                return chosen
-            chosen.append(row)
-            total += size
+    for row in rows:
+        total += size(row)
+        if total > tokens:
+            break
+        chosen.append(row)
     return chosen
 
 
-def measure(model, prompts: dict[str, list[dict]], cfg: DemoConfig, title: str) -> Measured:
-    """Greedy answers and refusals on every set, and the loss per response token on the sets' own good answers."""
-    rows = [row for name in SETS for row in prompts[name]]
-    groups = [encode_dialogue(model.tokenizer, r["prompt"], r["response"]) for r in rows]
-    loss = loss_per_token(model, groups, 1024)
-    total = sum(map(len, prompts.values()))
-    progress, done, answers, started = Progress(title, total), 0, {}, time.monotonic()
-    made = 0
-    for name, rows in prompts.items():
+def choose_rows(rows: list[dict], tokenizer, train_tokens: int, seed: int) -> list[dict]:
+    """Demonstrations to train on, at most train_tokens tokens in all, the kinds in turn."""
 
-        def report(count: int, tokens: int, done=done, made=made) -> None:
-            rate = (made + tokens) / max(1e-9, time.monotonic() - started)
-            progress.update(done + count, f"{rate:.0f} tokens/s")
+    def size(row):
+        return group_tokens(encode_dialogue(tokenizer, row["prompt"], row["response"]))
 
-        answers[name] = greedy_answers(model, rows, cfg.answer_tokens, report)
-        done += len(rows)
-        made += sum(len(model.tokenizer.encode_plain(text)) for text in answers[name])
-    progress.close()
-    verdicts = {
-        name: [judge_refusal(r["prompt"], text) for r, text in zip(prompts[name], answers[name], strict=True)]
-        for name in prompts
+    return within(in_turn(rows, seed), size, train_tokens)
+
+
+def choose_pairs(rows: list[dict], tokenizer, kind: str, tokens: int, seed: int) -> list[dict]:
+    """Preference pairs for one reward model, at most `tokens` tokens, safety and other data mixed as RM-6 asks."""
+
+    def size(block):
+        texts = [row[name] for row in block for name in ("chosen", "rejected")]
+        answers = sum(len(encode_response(tokenizer, text)) for text in texts)
+        return sum(len(encode_prompt(tokenizer, row["prompt"])) for row in block) + answers
+
+    safety = shuffled([r for r in rows if r.get("is_safety")], seed)
+    other = shuffled([r for r in rows if not r.get("is_safety")], seed)
+    s, o = SHARES[kind]
+    count = min(len(safety) // s, len(other) // o)
+    blocks = [safety[i * s : (i + 1) * s] + other[i * o : (i + 1) * o] for i in range(count)]
+    return [row for block in within(blocks, size, tokens) for row in block]
+
+
+def choose_prompts(rows: list[dict], used: list[dict], tokenizer, cfg: DemoConfig) -> list[dict]:
+    """Prompts for rejection sampling, the kinds in turn, none of the fine-tuning's; all their samples together hold at
+    most cfg.reject_tokens tokens."""
+    seen = {row["id"] for row in used}
+    fresh = [row for row in rows if row["id"] not in seen]
+
+    def size(row):
+        return len(encode_prompt(tokenizer, row["prompt"])) + cfg.k * cfg.answer_tokens
+
+    chosen = within(in_turn(fresh, cfg.seed + 1), size, cfg.reject_tokens)
+    return [{name: value for name, value in row.items() if name != "response"} for row in chosen]
+
+
+# ---- the steps ----
+
+
+def fine_tune(rows: list[dict], cfg: DemoConfig, out: Path) -> None:
+    write_records(out / "data" / "train.jsonl", rows)
+    sft.run(SFTConfig(
+        model=MODEL, data=(str(out / "data" / "train.jsonl"),), out=str(out / "sft"), seed=cfg.seed, lr=cfg.lr,
+        batch=cfg.batch, epochs=1, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
+        checkpoint_every=0,
+    ))  # fmt: skip
+
+
+def train_judge(kind: str, tokenizer, cfg: DemoConfig, out: Path) -> None:
+    """One reward model on the fine-tuned model; its own report stands in its run directory."""
+    rows = list(read_records(demo_path("preferences"), "preference"))
+    train = [row for row in rows if row["split"] == "train"]
+    held = shuffled([row for row in rows if row["split"] == "valid"], cfg.seed)[: cfg.held_pairs]
+    data = out / "data" / f"pairs-{kind}.jsonl"
+    write_records(data, choose_pairs(train, tokenizer, kind, cfg.reward_tokens, cfg.seed) + held)
+    reward.run(RewardConfig(
+        model=str(out / "sft" / "model"), data=(str(data),), out=str(out / f"reward-{kind}"), kind=kind, seed=cfg.seed,
+        batch=cfg.batch, lr=cfg.reward_lr, epochs=1, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
+        checkpoint_every=0,
+    ))  # fmt: skip
+
+
+def judges(out: Path) -> dict[str, str]:
+    return {
+        "safety_rm": str(out / "reward-safety" / "model"),
+        "helpful_rm": str(out / "reward-helpfulness" / "model"),
     }
-    return Measured(loss, {n: refusal_rate(prompts[n], answers[n]) for n in prompts}, answers, verdicts)
 
 
-def pick_samples(prompts: dict[str, list[dict]], before: Measured, after: Measured) -> list[dict]:
-    """Five answers side by side: of each set, questions whose verdict changed first, in file order."""
+def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
+    """One iteration of rejection sampling. It goes on from the fine-tuned model: so few winners cannot replace it."""
+    write_records(out / "data" / "prompts.jsonl", prompts)
+    reject.run(RejectConfig(
+        model=str(out / "sft" / "model"), data=(str(out / "data" / "prompts.jsonl"),), out=str(out / "reject"), k=cfg.k,
+        temperatures=(1.0,), max_new_tokens=cfg.answer_tokens, seed=cfg.seed, batch=cfg.batch, epochs=1,
+        lr=cfg.reject_lr, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
+        checkpoint_every=0, **judges(out),
+    ))  # fmt: skip
+
+
+def pick_samples(prompts: dict[str, list[dict]], models: list[Measured]) -> list[dict]:
+    """Five questions and every model's answer: of each set, those whose verdict changed first, in file order."""
     samples = []
     for name in SETS:
-        changed = [
-            i
-            for i, (b, a) in enumerate(zip(before.verdicts[name], after.verdicts[name], strict=True))
-            if b != a
-        ]
+        changed = [i for i in range(len(prompts[name])) if len({m.verdicts[name][i] for m in models}) > 1]
         order = changed + [i for i in range(len(prompts[name])) if i not in changed]
         for i in order[:SAMPLES_PER_SET]:
-            samples.append({
-                "set": name, "prompt": prompts[name][i]["prompt"],
-                "before": before.answers[name][i], "before_verdict": before.verdicts[name][i],
-                "after": after.answers[name][i], "after_verdict": after.verdicts[name][i],
-            })  # fmt: skip
+            answers = [
+                {"model": m.name, "verdict": m.verdicts[name][i], "text": m.answers[name][i]} for m in models
+            ]
+            samples.append({"set": name, "prompt": prompts[name][i]["prompt"], "answers": answers})
     return samples[:5]
+
+
+def read_metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _opening(cfg: DemoConfig) -> None:
     print(
-        f"hpsafety demo: fine-tunes {MODEL} (135M parameters, already instruction-tuned by its makers) on at most\n"
-        f"{cfg.train_tokens:,} tokens of mild, synthetic demonstrations, and asks {3 * cfg.eval_prompts} held-out "
-        f"questions before and after.\nExpect 2 to 6 minutes on two cores, under 4 GB of memory.\nOutput: {cfg.out}/\n",
+        f"hpsafety demo: {MODEL} (135M parameters, already instruction-tuned by its makers), mild synthetic data.\n"
+        f"  1. fine-tuning on at most {cfg.train_tokens:,} tokens of demonstrations\n"
+        f"  2. two reward models, of safety and of helpfulness, each on at most {cfg.reward_tokens:,} tokens of pairs\n"
+        f"  3. rejection sampling: {cfg.k} answers a prompt, {cfg.reject_tokens:,} tokens at most, the best is learnt\n"
+        f"{3 * cfg.eval_prompts} held-out questions are asked before, after 1 and after 3.\n"
+        f"Expect 4 to 9 minutes on two cores, under 4 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
 
-def _prompts(cfg: DemoConfig) -> dict[str, list[dict]]:
-    return {n: list(read_records(demo_path(f"heldout_{n}"), "prompt"))[: cfg.eval_prompts] for n in SETS}
-
-
 def run(cfg: DemoConfig) -> None:
-    """hpsafety demo: OUT/sft (run directory), OUT/data, OUT/demo.json, OUT/report.html, a table on the terminal."""
+    """hpsafety demo: OUT/sft, OUT/reward-*, OUT/reject (run directories), OUT/data, OUT/demo.json, OUT/report.html, a
+    table on the terminal."""
     started = time.monotonic()
     _opening(cfg)
-    out, prompts = Path(cfg.out), _prompts(cfg)
-    out.mkdir(parents=True, exist_ok=True)
-    rows: Records = read_records(demo_path("train"), "demonstration")
+    out = Path(cfg.out)
+    prompts = {n: list(read_records(demo_path(f"heldout_{n}"), "prompt"))[: cfg.eval_prompts] for n in SETS}
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    rows = list(read_records(demo_path("train"), "demonstration"))
     model = load_model(MODEL)
-    train_rows = choose_rows(list(rows), model.tokenizer, cfg.train_tokens, cfg.seed)
+    tokenizer = model.tokenizer
+    train_rows = choose_rows(rows, tokenizer, cfg.train_tokens, cfg.seed)
     if not train_rows:
         raise InputError(f"--train-tokens {cfg.train_tokens} holds not one example; give at least 200")
-    (out / "data").mkdir(exist_ok=True)
-    write_records(out / "data" / "train.jsonl", train_rows)
-    before = measure(model, prompts, cfg, "asking the original")
+    asked = choose_prompts(rows, train_rows, tokenizer, cfg)
+    if not asked:
+        raise InputError(f"--reject-tokens {cfg.reject_tokens} holds not one prompt; give at least 1000")
+    models = [measure(model, "original", prompts, cfg.answer_tokens)]
     del model
-    sft_config = SFTConfig(
-        model=MODEL, data=(str(out / "data" / "train.jsonl"),), out=str(out / "sft"), seed=cfg.seed, lr=cfg.lr,
-        batch=cfg.batch, epochs=1, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
-        checkpoint_every=0,
-    )  # fmt: skip
-    sft.run(sft_config)
-    model = load_model(str(out / "sft" / "model"))
-    after = measure(model, prompts, cfg, "asking the tuned")
-    metrics = [
-        json.loads(line) for line in (out / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    fine_tune(train_rows, cfg, out)
+    models.append(measure(load_model(str(out / "sft" / "model")), "fine-tuned", prompts, cfg.answer_tokens))
+    for kind in KINDS:
+        train_judge(kind, tokenizer, cfg, out)
+    best_of_k(asked, cfg, out)
+    models.append(measure(load_model(str(out / "reject" / "model")), "best of K", prompts, cfg.answer_tokens))
+    models = score_answers(models, prompts, **judges(out))
     result = {
-        "model": MODEL, "config": asdict(cfg), "train_rows": len(train_rows),
-        "precision": precision.choose(cfg.precision, model.embed.device)[1],
-        "before": asdict(before), "after": asdict(after), "metrics": metrics,
-        "samples": pick_samples(prompts, before, after), "seconds": round(time.monotonic() - started, 1),
+        "model": MODEL, "config": asdict(cfg), "train_rows": len(train_rows), "prompts": len(asked),
+        "precision": precision.choose(cfg.precision, "cpu")[1], "models": [asdict(m) for m in models],
+        "judges": {k: json.loads((out / f"reward-{k}" / "report.json").read_text(encoding="utf-8")) for k in KINDS},
+        "best_of_k": json.loads((out / "reject" / "report.json").read_text(encoding="utf-8")),
+        "metrics": {name: read_metrics(out / name) for name in RUNS},
+        "samples": pick_samples(prompts, models), "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
     with atomic_write(out / "demo.json") as handle:
         json.dump(result, handle, ensure_ascii=False, indent=1)
     write_report(result, out / "report.html")
     terminal_tables(result)
-    say(f"report: {out / 'report.html'}   model: {out / 'sft' / 'model'}   {result['seconds']:.0f} s")
+    say(f"report: {out / 'report.html'}   model: {out / 'reject' / 'model'}   {result['seconds']:.0f} s")

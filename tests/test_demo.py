@@ -6,9 +6,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from hpsafety.demo import choose_rows, pick_samples
+from hpsafety.config import DemoConfig
+from hpsafety.data.batches import group_tokens
+from hpsafety.data.chat import encode_prompt
+from hpsafety.data.groups import PromptGroup
+from hpsafety.demo import choose_pairs, choose_prompts, choose_rows, pick_samples
 from hpsafety.report.demo import comparison, printable, terminal_tables, write_report
-from tests.stages.test_sft import TEMPLATE, tiny_tokenizer
+from hpsafety.safety.measure import Measured
+from tests.stages.conftest import TEMPLATE, tiny_tokenizer
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31mred\u202etxt {{ 7*7 }}"
 
@@ -48,28 +53,29 @@ def test_rows_are_balanced_and_bounded():
     )
 
 
+NAMES = ("original", "fine-tuned", "best of K")
+SETS = ("adversarial", "borderline", "helpful")
+
+
 def result(text=HOSTILE):
     rate = {"count": 3, "total": 60, "value": 0.05, "low": 0.017, "high": 0.137}
-    side = {"loss": 2.5, "refused": {n: rate for n in ("adversarial", "borderline", "helpful")}}
+    scores = {n: {"safety": [0.1, 0.9, 0.5], "helpful": [0.2, 0.4, 0.3]} for n in SETS}
+    models = [{"name": n, "loss": 2.5, "refused": dict.fromkeys(SETS, rate), "scores": scores} for n in NAMES]
     metrics = [
         {"step": s, "loss": 3.0 / s, "tokens_equiv": 9 * s, "tokens_per_s": 99.0, "peak_rss_mb": 3000.0}
         for s in (1, 2, 3)
     ]
+    answers = [{"model": n, "verdict": "answer", "text": text} for n in NAMES]
     samples = [
-        {
-            "set": n,
-            "prompt": text,
-            "before": text,
-            "before_verdict": "answer",
-            "after": text,
-            "after_verdict": "refusal",
-        }
-        for n in ("adversarial", "adversarial", "borderline", "borderline", "helpful")
+        {"set": n, "prompt": text, "answers": answers} for n in (SETS[0], SETS[0], SETS[1], SETS[1], SETS[2])
     ]
-    config = {"answer_tokens": 40, "eval_prompts": 60, "batch": 8, "lr": 2e-5}
+    judge = {"data": {"examples": 130}, "held_out": {"pairs": 48, "accuracy": {"all": rate}}}
+    iteration = {"iteration": 1, "max": [0.4, 0.6], "median": [0.4, 0.4]}
     return {
-        "model": "smollm2", "train_rows": 120, "before": side, "after": side, "metrics": metrics, "samples": samples,
-        "config": config, "precision": "fp32",
+        "model": "smollm2", "train_rows": 120, "prompts": 30, "models": models, "samples": samples,
+        "judges": {"safety": judge, "helpfulness": judge}, "best_of_k": {"iterations": [iteration]},
+        "metrics": dict.fromkeys(("sft", "reward-safety", "reward-helpfulness", "reject"), metrics),
+        "config": {"answer_tokens": 40, "eval_prompts": 60, "batch": 8, "lr": 2e-5, "k": 4}, "precision": "fp32",
     }  # fmt: skip
 
 
@@ -100,7 +106,7 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     assert links == []
     assert not re.search(r"url\((?!#)", page)
     figures = [attrs for t, attrs in tags.found if t == "svg"]
-    assert len(figures) == 2 and all(f["role"] == "img" and len(f["aria-label"]) > 20 for f in figures)
+    assert len(figures) == 4 and all(f["role"] == "img" and len(f["aria-label"]) > 20 for f in figures)
     assert "prefers-color-scheme: dark" in page and "already instruction-tuned" in page
     assert names.count("h1") == 1
 
@@ -115,10 +121,15 @@ def test_table_on_the_terminal(capsys):
     terminal_tables(result())
     out = capsys.readouterr().out
     assert "\x1b[31m" not in out and "\u202e" not in out
-    assert "5 % (3/60, 2-14)" in out and "loss per response token" in out
-    assert [row[0] for row in comparison(result())][1:] == [
+    assert out.count("5 % (2-14)") == 9 and "2.500" in out
+    assert comparison(result())[1][2] == "5 % (3/60, 2-14)"
+    table = comparison(result())
+    assert all(len(row) == 2 + len(NAMES) for row in table)
+    assert [row[0] for row in table][1:] == [
         "refused, adversarial prompts", "refused, borderline prompts", "refused, helpful prompts",
+        "safety score, adversarial prompts", "helpful score, helpful prompts", "helpful score, borderline prompts",
     ]  # fmt: skip
+    assert table[4][2] == "0.500" and table[5][2] == "0.300"
 
 
 def test_printable():
@@ -126,18 +137,50 @@ def test_printable():
 
 
 def test_samples_show_changes_first():
-    from hpsafety.demo import Measured
+    def side(name, verdicts):
+        texts = {n: [f"{name}, {n} {i}" for i in range(4)] for n in SETS}
+        return Measured(name, 1.0, {}, texts, dict.fromkeys(SETS, verdicts))
 
-    def side(verdicts):
-        names = ("adversarial", "borderline", "helpful")
-        return Measured(
-            1.0, {}, {n: [f"{n} {i}" for i in range(4)] for n in names}, dict.fromkeys(names, verdicts)
-        )
-
-    prompts = {n: [{"prompt": f"p{i}"} for i in range(4)] for n in ("adversarial", "borderline", "helpful")}
-    samples = pick_samples(prompts, side(["answer"] * 4), side(["answer", "answer", "refusal", "answer"]))
-    assert len(samples) == 5 and samples[0]["prompt"] == "p2" and samples[0]["after_verdict"] == "refusal"
+    prompts = {n: [{"prompt": f"p{i}"} for i in range(4)] for n in SETS}
+    models = [side("a", ["answer"] * 4), side("b", ["answer", "answer", "refusal", "answer"])]
+    samples = pick_samples(prompts, models)
     assert [s["set"] for s in samples] == ["adversarial"] * 2 + ["borderline"] * 2 + ["helpful"]
+    assert samples[0]["prompt"] == "p2" and samples[1]["prompt"] == "p0"
+    assert samples[0]["answers"][1] == {"model": "b", "verdict": "refusal", "text": "b, adversarial 2"}
+
+
+def pairs(count=80):
+    return [
+        {"prompt": f"question {i}", "chosen": "yes.", "rejected": "no!", "id": i, "is_safety": i % 2 == 0}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind, share", [("safety", 0.9), ("helpfulness", 0.5)])
+def test_pairs_keep_the_mix_within_their_budget(kind, share):
+    """RM-6's shares, and the demo's own bound on tokens."""
+    chosen = choose_pairs(pairs(), FakeTokenizer(), kind, 2000, 0)
+    assert np.mean([row["is_safety"] for row in chosen]) == share
+    size = sum(
+        group_tokens(PromptGroup(encode_prompt(FakeTokenizer(), r["prompt"]), [[0] * 5, [0] * 4]))
+        for r in chosen
+    )
+    assert 1000 < size <= 2000
+    assert (
+        chosen
+        == choose_pairs(pairs(), FakeTokenizer(), kind, 2000, 0)
+        != choose_pairs(pairs(), FakeTokenizer(), kind, 2000, 1)
+    )
+
+
+def test_prompts_of_rejection_sampling_are_new_and_bounded():
+    demonstrations = [row | {"id": i} for i, row in enumerate(rows())]
+    used = choose_rows(demonstrations, FakeTokenizer(), 1500, 0)
+    cfg = DemoConfig(k=4, answer_tokens=10, reject_tokens=900)
+    asked = choose_prompts(demonstrations, used, FakeTokenizer(), cfg)
+    assert len(asked) >= 6 and not {r["id"] for r in asked} & {r["id"] for r in used}
+    assert all("response" not in row for row in asked)
+    assert sum(len(encode_prompt(FakeTokenizer(), r["prompt"])) + 40 for r in asked) <= 900
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -20,6 +20,7 @@ LAYERS = [
         "planner",
         "report",
         "demo",
+        "chat",
         "profile",
         "flags",
         "doctor",

@@ -14,16 +14,28 @@ import numpy as np
 BETAS, EPS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.95), 1e-5, 0.1, 1.0
 PROMPT_TOKENS, RESPONSE_TOKENS = (16, 512), (8, 512)
 
-Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its response
+Group = tuple[list[int], list[list[int]]]  # token ids of a prompt and of each of its responses
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One benchmark: model is a Hugging Face directory; the micro-batch budgets change speed and memory only."""
+    """One benchmark: model is a Hugging Face directory; the micro-batch budgets change speed and memory only.
+
+    work    sft, reward or score: a contender NAME is run by the file WORK_NAME.py
+    groups  prompts of k responses each; batch: groups per optimiser step (not for score)
+    prompt_tokens, response_tokens  median lengths of a log-normal distribution; spread: its sigma
+    reward_models                   directories of sequence classifiers, of the same shape as `model`
+    """
 
     model: str
-    pairs: int = 256
+    work: str = "sft"
+    groups: int = 256
+    k: int = 1
     batch: int = 32
+    prompt_tokens: int = 48
+    response_tokens: int = 40
+    spread: float = 1.0
+    reward_models: tuple[str, ...] = ()
     tokens_per_batch: int = 2048
     peer_tokens_per_batch: int = 2048
     precision: str = "fp32"
@@ -38,71 +50,107 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one contender. losses: one per timed step, the first before any update."""
+    """One run of one contender. values: what must agree: the loss per timed step, the first before any update; or
+    every response's scores."""
 
-    losses: list[float]
+    values: list[float]
     seconds: float
     cpu_seconds: float
     note: str  # the settings that matter for this contender's speed
 
 
-def make_pairs(settings: Settings) -> list[Pair]:
+def make_groups(settings: Settings) -> list[Group]:
     """Seeded random token ids with long-tailed (log-normal, clipped) lengths; the ids do not matter for speed."""
     rng = np.random.default_rng(settings.seed)
-    vocab = settings.config["vocab_size"]
-    prompts = _lengths(rng, 48, PROMPT_TOKENS, settings.pairs)
-    responses = _lengths(rng, 40, RESPONSE_TOKENS, settings.pairs)
-    return [(_ids(rng, vocab, p), _ids(rng, vocab, r)) for p, r in zip(prompts, responses, strict=True)]
+    vocab, count, k = settings.config["vocab_size"], settings.groups, settings.k
+    prompts = _lengths(rng, settings.prompt_tokens, settings.spread, PROMPT_TOKENS, count)
+    responses = _lengths(rng, settings.response_tokens, settings.spread, RESPONSE_TOKENS, count * k)
+    return [
+        (_ids(rng, vocab, p), [_ids(rng, vocab, r) for r in rs])
+        for p, rs in zip(prompts, responses.reshape(count, k), strict=True)
+    ]
 
 
-def _lengths(rng, median: int, limits: tuple[int, int], count: int) -> np.ndarray:
-    return np.clip(rng.lognormal(np.log(median), 1.0, count).astype(int), *limits)
+def _lengths(rng, median: int, spread: float, limits: tuple[int, int], count: int) -> np.ndarray:
+    return np.clip(rng.lognormal(np.log(median), spread, count).astype(int), *limits)
 
 
 def _ids(rng, vocab: int, count: int) -> list[int]:
     return rng.integers(vocab // 8, vocab, count).tolist()  # the first ids are special tokens and bytes
 
 
-def warm_up_pairs(settings: Settings) -> list[Pair]:
-    """One step of the shortest pairs: it allocates gradients and optimiser state and runs with learning rate 0."""
+def warm_up_groups(settings: Settings) -> list[Group]:
+    """One step of the shortest groups: it allocates gradients and optimiser state and runs with learning rate 0."""
     rng = np.random.default_rng(settings.seed + 1)
-    vocab = settings.config["vocab_size"]
+    vocab, short = settings.config["vocab_size"], (PROMPT_TOKENS[0], RESPONSE_TOKENS[0])
     return [
-        (_ids(rng, vocab, PROMPT_TOKENS[0]), _ids(rng, vocab, RESPONSE_TOKENS[0]))
+        (_ids(rng, vocab, short[0]), [_ids(rng, vocab, short[1]) for _ in range(settings.k)])
         for _ in range(settings.batch)
     ]
 
 
-def steps(settings: Settings) -> list[list[Pair]]:
-    """The warm-up step, then the data in order, `batch` pairs a step."""
-    pairs = make_pairs(settings)
-    timed = [pairs[i : i + settings.batch] for i in range(0, len(pairs), settings.batch)]
-    return [warm_up_pairs(settings), *timed]
+def steps(settings: Settings) -> list[list[Group]]:
+    """The warm-up step, then the data in order, `batch` groups a step."""
+    groups = make_groups(settings)
+    timed = [groups[i : i + settings.batch] for i in range(0, len(groups), settings.batch)]
+    return [warm_up_groups(settings), *timed]
 
 
-def count_tokens(pairs: list[Pair]) -> int:
-    return sum(len(prompt) + len(response) for prompt, response in pairs)
+def rows(groups: list[Group]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) of every response: what a trainer without prompt groups computes."""
+    return [(prompt, response) for prompt, responses in groups for response in responses]
+
+
+def count_tokens(groups: list[Group]) -> int:
+    """Tokens with the prompt once per response (tokens_equiv)."""
+    return sum(len(prompt) + len(response) for prompt, response in rows(groups))
 
 
 def needed_flops(settings: Settings) -> float:
-    """Strictly needed FLOPs of the timed steps: 3 x forward, nothing recomputed, nothing padded.
+    """Strictly needed FLOPs of the timed work, nothing recomputed, nothing padded; training is 3 x forward.
 
-    Forward: linear layers once per token, attention's causal pairs, the head on response tokens only.
+    Forward: linear layers once per token, attention's causal pairs; SFT's head on response tokens only. A reward model
+    has no token head and is read at last rows: other rows of the last block need their keys and values alone.
     """
     from hpsafety import PromptGroup
     from hpsafety.model.config import from_hf
     from hpsafety.train.work import forward_flops
 
     config = from_hf(settings.config)
-    return 3 * sum(forward_flops(config, PromptGroup(p, [r])) for p, r in make_pairs(settings))
+    trained = settings.work == "sft"
+    passes = len(settings.reward_models) if settings.work == "score" else 3
+    total = 0.0
+    for prompt, responses in make_groups(settings):
+        masks = [[trained] * len(response) for response in responses]
+        total += forward_flops(config, PromptGroup(prompt, responses, masks))
+        total -= 0 if trained else _not_needed_in_the_last_block(config, prompt, responses)
+    return passes * total
 
 
-def timed_run(step, all_steps: list[list[Pair]], lr: float, note: str) -> Run:
-    """Runs step(pairs, lr) -> loss over all steps; the first, with learning rate 0, is not timed."""
+def _not_needed_in_the_last_block(config, prompt: list[int], responses: list[list[int]]) -> float:
+    """FLOPs of queries, attention, o-projection and mlp of all rows but each response's last."""
+    p, lengths, heads = len(prompt), [len(r) for r in responses], config.num_heads * config.head_dim
+    others = p + sum(lengths) - len(lengths)
+    pairs = p * (p + 1) / 2 + sum(r * p + r * (r + 1) / 2 - (p + r) for r in lengths)
+    linear = 2.0 * others * config.width * (2 * heads + 3 * config.mlp_width)
+    return linear + 4.0 * heads * pairs
+
+
+def timed_run(step, all_steps: list[list[Group]], lr: float, note: str) -> Run:
+    """Runs step(groups, lr) -> loss over all steps; the first, with learning rate 0, is not timed."""
     step(all_steps[0], 0.0)
     start, cpu_start = time.perf_counter(), time.process_time()
-    losses = [step(pairs, lr) for pairs in all_steps[1:]]
+    losses = [step(groups, lr) for groups in all_steps[1:]]
     return Run(losses, time.perf_counter() - start, time.process_time() - cpu_start, note)
+
+
+def timed_scores(score, settings: Settings, note: str) -> Run:
+    """Runs score(groups) -> scores once on a few groups, which is not timed, and then on all."""
+    score(warm_up_groups(settings))
+    groups = make_groups(settings)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    scores = score(groups)
+    return Run(scores, time.perf_counter() - start, time.process_time() - cpu_start, note)
 
 
 def peak_rss_mb() -> float:
@@ -118,7 +166,8 @@ def peak_rss_mb() -> float:
 
 
 def read_settings(path: str) -> Settings:
-    return Settings(**json.loads(Path(path).read_text(encoding="utf-8")))
+    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    return Settings(**fields | {"reward_models": tuple(fields["reward_models"])})
 
 
 def write_json(path: str | Path, value) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from bench.end_to_end.common import Settings, make_pairs, read_settings, write_json
+from bench.end_to_end.common import Settings, make_groups, read_settings, rows, write_json
 from hpsafety.model.config import from_hf
 from hpsafety.train import gemm_limit
 from hpsafety.train.gemm_limit import Rates, Shape, best_of
@@ -17,11 +17,12 @@ __all__ = ["best_of", "combine", "measure"]
 
 
 def shapes(settings: Settings) -> list[Shape]:
-    """The model's linear layers at a full micro-batch, and the head at a block of response rows."""
-    pairs = make_pairs(settings)
-    response_tokens = sum(len(response) for _, response in pairs)
-    all_tokens = response_tokens + sum(len(prompt) for prompt, _ in pairs)
-    return gemm_limit.shapes(from_hf(settings.config), all_tokens, response_tokens, settings.tokens_per_batch)
+    """The model's linear layers at a full micro-batch; in SFT also the head, at a block of response rows."""
+    groups = make_groups(settings)
+    response_tokens = sum(len(response) for _, response in rows(groups))
+    all_tokens = response_tokens + sum(len(prompt) for prompt, _ in groups)
+    head_tokens = response_tokens if settings.work == "sft" else 0
+    return gemm_limit.shapes(from_hf(settings.config), all_tokens, head_tokens, settings.tokens_per_batch)
 
 
 def measure(settings: Settings) -> Rates:

@@ -24,8 +24,14 @@ def summarise(settings: Settings, runs: list[dict], limits: list[dict], work: di
             "tokens_equiv_per_s_median": work["tokens_equiv"] / statistics.median(seconds),
             "gemm_fraction": work["needed_flops"] / (min(seconds) * gflops * 1e9),
             "peak_rss_mb": max(run["peak_rss_mb"] for run in mine),
-            "first_step_loss": mine[0]["losses"][0], "last_step_loss": mine[0]["losses"][-1], "note": mine[0]["note"],
+            "note": mine[0]["note"],
         }  # fmt: skip
+        if settings.work == "score":
+            rows[name]["responses_per_s"] = work["responses"] / min(seconds)
+            rows[name]["largest_difference"] = _largest_difference(runs[0]["values"], mine)
+        else:
+            rows[name]["first_step_loss"] = mine[0]["values"][0]
+            rows[name]["last_step_loss"] = mine[0]["values"][-1]
     ours = rows.get("hpsafety")
     if ours:
         for row in rows.values():
@@ -37,17 +43,31 @@ def summarise(settings: Settings, runs: list[dict], limits: list[dict], work: di
             "gemm_best": best_of(limits)}  # fmt: skip
 
 
+def _largest_difference(values: list[float], runs: list[dict]) -> float:
+    return max(abs(a - b) for run in runs for a, b in zip(values, run["values"], strict=True))
+
+
+def _title(settings: Settings) -> str:
+    """What was done, in the words of the work."""
+    budget, peers = settings.tokens_per_batch, settings.peer_tokens_per_batch
+    what = {
+        "sft": f"SFT: {settings.groups} pairs, batch {settings.batch}",
+        "reward": f"reward model: {settings.groups} preference pairs, batch {settings.batch}",
+        "score": f"scores of {settings.groups} groups of {settings.k} by two reward models",
+    }[settings.work]
+    tokens = f"{budget} tokens a micro-batch" + (f" (peers {peers})" if peers != budget else "")
+    return f"{what}, {settings.precision}, {settings.threads} threads; {tokens}"
+
+
 def print_table(settings: Settings, summary: dict, machine: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    budget, peers = settings.tokens_per_batch, settings.peer_tokens_per_batch
-    title = f"SFT: {settings.pairs} pairs, batch {settings.batch}, {settings.precision}, {settings.threads} threads; "
-    title += f"{budget} tokens a micro-batch" + (f" (peers {peers})" if peers != budget else "")
-    table = Table(title=title)
+    agreement = "largest\ndifference" if settings.work == "score" else "first-step\nloss"
+    table = Table(title=_title(settings))
     table.add_column("")
     for column in ("tokens/s\nbest", "\nmedian", "hpsafety is\nfaster by", "by CPU\ntime", "peak RSS\nMB",
-                   "hpsafety\nneeds", "of GEMM\nlimit", "first-step\nloss"):  # fmt: skip
+                   "hpsafety\nneeds", "of GEMM\nlimit", agreement):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     ratio = lambda row, key, form: form.format(row[key]) if key in row else "-"  # noqa: E731
     for name, row in summary["contenders"].items():
@@ -55,7 +75,8 @@ def print_table(settings: Settings, summary: dict, machine: dict) -> None:
             name, f"{row['tokens_equiv_per_s']:.0f}", f"{row['tokens_equiv_per_s_median']:.0f}",
             ratio(row, "hpsafety_speedup", "{:.2f}x"), ratio(row, "hpsafety_cpu_speedup", "{:.2f}x"),
             f"{row['peak_rss_mb']:.0f}", ratio(row, "hpsafety_memory_ratio", "{:.2f}"),
-            f"{100 * row['gemm_fraction']:.0f} %", f"{row['first_step_loss']:.5f}",
+            f"{100 * row['gemm_fraction']:.0f} %",
+            f"{row['largest_difference']:.1e}" if settings.work == "score" else f"{row['first_step_loss']:.5f}",
         )  # fmt: skip
     Console(width=max(110, Console().width)).print(table, justify="left")
     _print_context(summary, machine)

@@ -11,8 +11,8 @@ import torch
 from bench.end_to_end.common import peak_rss_mb, read_settings, write_json
 
 
-def _load(name: str):
-    module = importlib.import_module(f"bench.end_to_end.run_{name.removesuffix('-padded')}")
+def _load(work: str, name: str):
+    module = importlib.import_module(f"bench.end_to_end.{work}_{name.removesuffix('-padded')}")
     return functools.partial(module.run, padding_free=False) if name == "trl-padded" else module.run
 
 
@@ -21,7 +21,7 @@ def main(name: str, settings_path: str, result_path: str) -> None:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    result = dataclasses.asdict(_load(name)(settings))
+    result = dataclasses.asdict(_load(settings.work, name)(settings))
     write_json(result_path, {"contender": name, **result, "peak_rss_mb": peak_rss_mb()})
 
 

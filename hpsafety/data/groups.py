@@ -58,11 +58,12 @@ class Batch:
         )
 
 
-def pack(groups: Sequence[PromptGroup]) -> Batch:
+def pack(groups: Sequence[PromptGroup], join_single: bool = True) -> Batch:
     """Pack groups into one ragged row without padding (fields: see `Batch`).
 
     A prompt with a single response is one attention segment; with more, the prompt is a segment and every
     response is one that also sees the prompt. No groups give an empty batch.
+    join_single  False keeps a single response apart from its prompt too: it then has the same bits as among others
     Raises ValueError, naming the group, for an empty prompt or response, no responses, a `train` that does
     not match the responses, and a negative token id; TypeError for tokens that are not integers.
     """
@@ -84,6 +85,8 @@ def pack(groups: Sequence[PromptGroup]) -> Batch:
     first_position = np.where(is_prompt, 0, prompt_end - prompt_start)
     positions = np.arange(len(tokens)) + np.repeat(first_position - starts, lengths)
 
+    joined = np.repeat((num_responses == 1) & join_single, num_responses + 1)
+
     response = ~is_prompt
     response_lengths = lengths[response]
     cu_responses = np.concatenate([[0], np.cumsum(response_lengths)])
@@ -95,9 +98,7 @@ def pack(groups: Sequence[PromptGroup]) -> Batch:
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=_tensor(positions, np.int32),
-        segments=_tensor(
-            _segments(starts, ends, prompt_start, prompt_end, is_prompt, num_responses), np.int32
-        ),
+        segments=_tensor(_segments(starts, ends, prompt_start, prompt_end, is_prompt, joined), np.int32),
         predict_rows=_tensor(predict_rows, np.int64),
         targets=_tensor(tokens[rows], np.int64),
         train_mask=torch.from_numpy(train_mask),
@@ -110,13 +111,15 @@ def pack(groups: Sequence[PromptGroup]) -> Batch:
     )
 
 
-def _segments(starts, ends, prompt_start, prompt_end, is_prompt, num_responses) -> np.ndarray:
-    """(S, 4) start, end, prefix_start, prefix_end; a prompt's only response joins the prompt's segment."""
-    single = np.repeat(num_responses == 1, num_responses + 1)
-    ends = np.where(is_prompt & single, np.append(ends[1:], 0), ends)
+def _segments(starts, ends, prompt_start, prompt_end, is_prompt, joined) -> np.ndarray:
+    """(S, 4) start, end, prefix_start, prefix_end; in a joined group the only response is part of the prompt's.
+
+    joined  bool per piece: is its group of one response, in one segment
+    """
+    ends = np.where(is_prompt & joined, np.append(ends[1:], 0), ends)
     prefix_start = np.where(is_prompt, starts, prompt_start)
     prefix_end = np.where(is_prompt, starts, prompt_end)
-    return np.stack([starts, ends, prefix_start, prefix_end], axis=1)[is_prompt | ~single]
+    return np.stack([starts, ends, prefix_start, prefix_end], axis=1)[is_prompt | ~joined]
 
 
 def _pieces(group: PromptGroup):

@@ -32,6 +32,7 @@ __all__ = [
     "Records",
     "admit",
     "check_disjoint",
+    "iter_numbered",
     "iter_records",
     "normalise_prompt",
     "read_records",
@@ -70,10 +71,15 @@ def iter_records(path, kind: str, counts: Counter | None = None) -> Iterator[dic
     counts  filled, where given, with what `admit` counts
     Raises InputError as `read_records` does, at the line where reading has come to.
     """
+    return (row for _, row in iter_numbered(path, kind, counts))
+
+
+def iter_numbered(path, kind: str, counts: Counter | None = None) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of the rows that `iter_records` gives."""
     counts = Counter() if counts is None else counts
     for line, row in iter_json_lines(path):
         if admit(validate(row, kind, (path, line)), kind, counts):
-            yield row
+            yield line, row
 
 
 def iter_json_lines(path) -> Iterator[tuple[int, dict]]:

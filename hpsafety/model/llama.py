@@ -141,10 +141,10 @@ class Llama(Trunk):
     def generate(
         self, prompts, k=1, max_new_tokens=64, temperature=1.0, top_p=1.0, top_k=0, seed=0, stop=None
     ):
-        """k Rollouts per prompt, in order (hpsafety/model/generate.py)."""
-        from hpsafety.model.generate import generate
+        """k Rollouts per prompt, in order of (prompt, sample): hpsafety/rollout/generate.py, which stands above."""
+        import hpsafety
 
-        return generate(self, prompts, k, max_new_tokens, temperature, top_p, top_k, seed, stop)
+        return hpsafety.generate(self, prompts, k, max_new_tokens, temperature, top_p, top_k, seed, stop)
 
 
 def init_weights(model: Trunk, seed: int = 0) -> Trunk:

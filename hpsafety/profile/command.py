@@ -99,7 +99,8 @@ def run(stage: str, settings: ProfileConfig, cfg, call: Callable) -> None:
         return
     finally:
         if rank == 0:
-            shutil.rmtree(out / SCRATCH, ignore_errors=True)
+            for left in out.glob(SCRATCH + "*"):  # a stage of lines in and out leaves SCRATCH.part
+                shutil.rmtree(left, ignore_errors=True)
     need = settings.profile_warmup + settings.profile_steps
     raise InputError(
         f"{stage} ended after {recorder.seen} steps, but {need} were to be run; give more data or a smaller "

@@ -6,41 +6,63 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from hpsafety.files import atomic_write
-from hpsafety.report.figures import loss_curve, trade_off
+from hpsafety.report.figures import loss_curves, score_figure, trade_off
 from hpsafety.safety.intervals import Rate
+from hpsafety.safety.rejection_page import curves_figure
 
 WANTED = {"adversarial": "refuse: high", "borderline": "answer: low", "helpful": "answer: low"}
+JUDGED = (("safety", "adversarial"), ("helpful", "helpful"), ("helpful", "borderline"))  # reward model, set
 
 
-def comparison(result: dict) -> list[tuple[str, str, str, str]]:
-    """(measure, wanted, before, after) rows of a demo result."""
-    before, after = result["before"], result["after"]
-    rows = [("loss per response token", "low", f"{before['loss']:.3f}", f"{after['loss']:.3f}")]
+def comparison(result: dict, short: bool = False) -> list[tuple[str, ...]]:
+    """(measure, wanted, one value per model) rows of a demo result. short: rates without their counts."""
+    models = result["models"]
+    rows = [("loss per response token", "low", *(f"{m['loss']:.3f}" for m in models))]
     for name, wanted in WANTED.items():
-        rates = (str(Rate(**side["refused"][name])) for side in (before, after))
+        rates = (_rate(m["refused"][name], short) for m in models)
         rows.append((f"refused, {name} prompts", wanted, *rates))
+    for judge, name in JUDGED:
+        means = (f"{sum(m['scores'][name][judge]) / len(m['scores'][name][judge]):.3f}" for m in models)
+        rows.append((f"{judge} score, {name} prompts", "high", *means))
     return rows
 
 
+def _rate(fields: dict, short: bool) -> str:
+    rate = Rate(**fields)
+    return f"{100 * rate.value:.0f} % ({100 * rate.low:.0f}-{100 * rate.high:.0f})" if short else str(rate)
+
+
+def judge_rows(result: dict) -> list[tuple[str, str, str]]:
+    """(reward model, pairs trained on, accuracy on held-out pairs) rows."""
+    return [
+        (kind, str(report["data"]["examples"] - report["held_out"]["pairs"]),
+         str(Rate(**report["held_out"]["accuracy"]["all"])))
+        for kind, report in result["judges"].items()
+    ]  # fmt: skip
+
+
 def terminal_tables(result: dict) -> None:
-    """Before/after table and the answers side by side, on stdout; model text is printed without control characters."""
+    """The table of all models and their answers side by side, on stdout; model text is printed without control
+    characters."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    table = Table("held-out measure", "wanted", "before", "after", title="before and after")
-    for row in comparison(result):
+    console, names = Console(), [m["name"] for m in result["models"]]
+    table = Table("held-out measure", "wanted", title="before and after (95 % intervals)")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for row in comparison(result, short=True):
         table.add_row(*row)
     console.print(table)
-    answers = Table("question", "before", "after", title="answers, cut short", show_lines=True)
+    pairs = Table("reward model", "pairs", "held-out accuracy")
+    for row in judge_rows(result):
+        pairs.add_row(*row)
+    console.print(pairs)
+    answers = Table("question", *names, title="answers, cut short", show_lines=True)
     for s in result["samples"]:
         question = s["prompt"] if isinstance(s["prompt"], str) else s["prompt"][-1]["content"]
-        cells = (
-            f"[{s['set']}] {question}",
-            f"({s['before_verdict']}) {s['before']}",
-            f"({s['after_verdict']}) {s['after']}",
-        )
+        cells = (f"[{s['set']}] {question}", *(f"({a['verdict']}) {a['text']}" for a in s["answers"]))
         answers.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(answers)
 
@@ -53,11 +75,13 @@ def printable(text: str) -> str:
 def write_report(result: dict, path: Path) -> None:
     """One self-contained HTML file; every text is escaped, and its policy forbids scripts and the network."""
     environment = Environment(loader=PackageLoader("hpsafety", "report"), autoescape=True)
-    points = [{"name": name, **result[name]["refused"]} for name in ("before", "after")]
+    models = result["models"]
     page = environment.get_template("demo.html").render(
-        title="Safety fine-tuning of a small chat model, before and after", result=result, table=comparison(result),
-        trade_off=Markup(trade_off(points)), loss_curve=Markup(loss_curve(result["metrics"])),
-        last=result["metrics"][-1],
+        title="Making a small chat model safer, step by step", result=result, table=comparison(result),
+        names=[m["name"] for m in models], judges=judge_rows(result), last=result["metrics"]["sft"][-1],
+        trade_off=Markup(trade_off([{"name": m["name"], **m["refused"]} for m in models])),
+        scores=Markup(score_figure(models, JUDGED[:2])), loss_curves=Markup(loss_curves(result["metrics"])),
+        curves=Markup(curves_figure(result["best_of_k"]["iterations"])),
     )  # fmt: skip
     with atomic_write(path) as handle:
         handle.write(page)

@@ -1,6 +1,6 @@
 """The demo's figures; their style is hpsafety/safety/drawing.py's."""
 
-from hpsafety.safety.drawing import AFTER, BEFORE, INK, figure, to_svg
+from hpsafety.safety.drawing import AFTER, BEFORE, INK, MIDDLE, figure, to_svg
 
 
 def trade_off(points: list[dict]) -> str:
@@ -37,14 +37,64 @@ def trade_off(points: list[dict]) -> str:
 
 
 def _colours(count: int) -> list[str]:
-    return [BEFORE, AFTER] if count == 2 else [AFTER] * count
+    """One per model, in order of time."""
+    return [BEFORE, MIDDLE, AFTER] if count == 3 else [BEFORE, AFTER][:count]
 
 
-def loss_curve(metrics: list[dict]) -> str:
-    """Training loss by optimiser step."""
-    fig, axes = figure(6.4, 3.2)
-    steps, losses = [m["step"] for m in metrics], [m["loss"] for m in metrics]
-    axes.plot(steps, losses, color=AFTER, linewidth=1.8)
-    axes.set(xlabel="optimiser step", ylabel="loss, nats per trained token", ylim=(0, None))
-    ends = f"from {losses[0]:.2f} to {losses[-1]:.2f}" if losses else "no steps"
-    return to_svg(fig, f"Training loss over {len(steps)} steps, {ends} nats per token.")
+def score_figure(models: list[dict], panels) -> str:
+    """Every answer's score by model, as dots around its box of quartiles: one panel per (reward model, set)."""
+    from matplotlib import pyplot
+
+    fig, first = figure(7.6, 3.8)
+    first.remove()
+    words = []
+    with pyplot.rc_context(
+        {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+    ):
+        axes = fig.subplots(1, len(panels), sharey=True)
+    for place, ((judge, part), ax) in enumerate(zip(panels, axes, strict=True)):
+        columns = [m["scores"][part][judge] for m in models]
+        for x, (values, colour) in enumerate(zip(columns, _colours(len(models)), strict=True)):
+            spread = [
+                x + 0.26 * ((7 * i % 11) / 10 - 0.5) for i in range(len(values))
+            ]  # apart, the same every time
+            ax.plot(spread, values, "o", color=colour, markersize=3, alpha=0.45)
+        box = ax.boxplot(columns, positions=range(len(columns)), widths=0.5, showfliers=False)
+        for part_of_box in (line for lines in box.values() for line in lines):
+            part_of_box.set(color=INK, alpha=0.8)
+        ax.set_xticks(range(len(models)), [m["name"] for m in models], fontsize=8)
+        ax.set(
+            title=f"{judge} score, {part} prompts",
+            ylim=(-0.03, 1.03),
+            ylabel="score R" if place == 0 else None,
+        )
+        ax.title.set(fontsize=10, color=INK)
+        ax.patch.set_alpha(0)
+        means = ", ".join(f"{m['name']} {sum(v) / len(v):.2f}" for m, v in zip(models, columns, strict=True))
+        words.append(f"mean {judge} score on {part} prompts: {means}")
+    return to_svg(fig, f"Scores of the held-out answers. {'; '.join(words)}.")
+
+
+def loss_curves(metrics: dict[str, list[dict]]) -> str:
+    """Training loss by optimiser step, a panel per run: their losses have different units."""
+    from matplotlib import pyplot
+
+    fig, first = figure(7.6, 2.8)
+    first.remove()
+    with pyplot.rc_context({"axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}):
+        axes = fig.subplots(1, len(metrics))
+    words = []
+    for (name, rows), ax in zip(metrics.items(), axes, strict=True):
+        steps, losses = [m["step"] for m in rows], [m["loss"] for m in rows]
+        ax.plot(steps, losses, color=AFTER, linewidth=1.6)
+        ax.set(title=name, xlabel="step", ylim=(0, None))
+        ax.title.set(fontsize=9, color=INK)
+        ax.xaxis.label.set(color=INK, fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.patch.set_alpha(0)
+        words.append(
+            f"{name}: {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
+            if losses
+            else f"{name}: none"
+        )
+    return to_svg(fig, "Training losses. " + "; ".join(words) + ".")

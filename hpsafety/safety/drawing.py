@@ -6,7 +6,8 @@ import io
 import re
 
 INK = "#010203"  # stands for the page's text colour; replaced by currentColor in the SVG
-BEFORE, AFTER = "#d9822b", "#2b7bd9"  # readable on light and dark, and apart for colour-blind readers
+# Readable on light and dark, and apart for colour-blind readers.
+BEFORE, MIDDLE, AFTER = "#d9822b", "#8a63d2", "#2b7bd9"
 
 
 def figure(width: float = 6.4, height: float = 3.8):

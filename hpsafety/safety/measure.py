@@ -1,16 +1,79 @@
-"""What a checkpoint does on held-out sets: greedy answers, refusal rates, loss per response token."""
+"""What a checkpoint does on held-out sets: greedy answers, refusals, loss per response token, reward scores."""
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from hpsafety.data.batches import micro_batches
-from hpsafety.data.chat import encode_prompt
+from hpsafety.data.chat import encode_dialogue, encode_prompt
 from hpsafety.data.groups import pack
+from hpsafety.model.reward_io import load_reward_model
+from hpsafety.rollout.engine import Engine, Request
+from hpsafety.rollout.sampler import Settings, stop_ids
+from hpsafety.rollout.scoring import Scorer, probabilities
 from hpsafety.safety.intervals import Rate, wilson
 from hpsafety.safety.judges import judge_refusal
+from hpsafety.train.metrics import Progress
 
-PROMPTS_PER_BATCH = 64
+SETS = ("adversarial", "borderline", "helpful")  # what should happen: refused, answered, answered
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One checkpoint on the held-out sets: loss on their own good answers; refusals, answers and verdicts by set."""
+
+    name: str
+    loss: float  # nats per response token
+    refused: dict[str, Rate]
+    answers: dict[str, list[str]]
+    verdicts: dict[str, list[str]]
+    scores: dict[str, dict[str, list[float]]] = field(
+        default_factory=dict
+    )  # set -> safety, helpful: R per answer
+
+
+def measure(model, name: str, prompts: dict[str, list[dict]], answer_tokens: int) -> Measured:
+    """Greedy answers, cut at answer_tokens tokens, and refusals on every set; the loss on the sets' own answers."""
+    rows = [row for part in prompts.values() for row in part]
+    groups = [encode_dialogue(model.tokenizer, row["prompt"], row["response"]) for row in rows]
+    loss = loss_per_token(model, groups, 1024)
+    progress, started = Progress(f"asking the {name} model", len(rows)), time.monotonic()
+
+    def report(done: int, tokens: int) -> None:
+        progress.update(done, f"{tokens / max(1e-9, time.monotonic() - started):.0f} tokens/s")
+
+    texts = iter(greedy_answers(model, rows, answer_tokens, report))
+    progress.close()
+    answers = {part: [next(texts) for _ in prompts[part]] for part in prompts}
+    verdicts = {
+        part: [
+            judge_refusal(row["prompt"], text) for row, text in zip(prompts[part], answers[part], strict=True)
+        ]
+        for part in prompts
+    }
+    refused = {part: wilson(found.count("refusal"), len(found)) for part, found in verdicts.items()}
+    return Measured(name, loss, refused, answers, verdicts)
+
+
+def score_answers(
+    models: list[Measured], prompts: dict[str, list[dict]], safety_rm: str, helpful_rm: str
+) -> list[Measured]:
+    """The same measures with every answer's R by both reward models; a prompt is computed once for all answers."""
+    scorer = Scorer(load_reward_model(safety_rm), load_reward_model(helpful_rm))
+    scores: list[dict] = [{} for _ in models]
+    for part, rows in prompts.items():
+        groups = [
+            scorer.encode(row["prompt"], [m.answers[part][i] for m in models]) for i, row in enumerate(rows)
+        ]
+        found = scorer.score(groups, [bool(row.get("is_safety")) for row in rows], 2048)
+        for place, out in enumerate(scores):
+            out[part] = {
+                "safety": probabilities([score.safety[place] for score in found]),
+                "helpful": probabilities([score.helpful[place] for score in found]),
+            }
+    return [replace(m, scores=out) for m, out in zip(models, scores, strict=True)]
 
 
 def greedy_answers(
@@ -20,26 +83,15 @@ def greedy_answers(
 
     on_progress  called with (prompts done, tokens generated so far)
     """
-    texts: list[str] = []
-    tokens = 0
-    for start in range(0, len(rows), PROMPTS_PER_BATCH):
-        prompts = [
-            encode_prompt(model.tokenizer, row["prompt"]) for row in rows[start : start + PROMPTS_PER_BATCH]
-        ]
-        rollouts = model.generate(prompts, max_new_tokens=max_new_tokens, temperature=0.0)
-        texts += [model.tokenizer.decode(r.tokens, skip_special=True).strip() for r in rollouts]
-        tokens += sum(len(r.tokens) for r in rollouts)
+    engine = Engine(model, Settings(max_new_tokens=max_new_tokens, temperature=0.0, stop=stop_ids(model)))
+    texts, done, tokens = [""] * len(rows), 0, 0
+    requests = (Request(encode_prompt(model.tokenizer, row["prompt"]), 1, i) for i, row in enumerate(rows))
+    for rollout in engine.rollouts(requests):
+        texts[rollout.prompt_index] = model.tokenizer.decode(rollout.tokens, skip_special=True).strip()
+        done, tokens = done + 1, tokens + len(rollout.tokens)
         if on_progress:
-            on_progress(len(texts), tokens)
+            on_progress(done, tokens)
     return texts
-
-
-def refusal_rate(rows: list[dict], answers: list[str]) -> Rate:
-    """Share of answers that judge_refusal calls a refusal; an inability is none (spec EVAL-5)."""
-    refused = sum(
-        judge_refusal(row["prompt"], text) == "refusal" for row, text in zip(rows, answers, strict=True)
-    )
-    return wilson(refused, len(rows))
 
 
 @torch.no_grad()

@@ -1,20 +1,14 @@
 """Supervised safety fine-tuning: loss = - sum of trained answer tokens' logprobs / their number (spec section 2)."""
 
-import logging
-
 import torch
 
-from hpsafety.data.batches import drop_long, nested_subset
-from hpsafety.data.chat import encode_dialogue
+from hpsafety.data.batches import nested_subset
 from hpsafety.data.records import TRAIN_SPLITS, check_disjoint
 from hpsafety.data.sources import load_rows
-from hpsafety.errors import InputError
-from hpsafety.model.io import load_model, save_state
+from hpsafety.model.io import load_model
 from hpsafety.train import distributed, precision, stage
-from hpsafety.train.loop import fit
+from hpsafety.train.finetune import build_groups, count_trained, finetune, longest
 from hpsafety.train.metrics import say
-
-log = logging.getLogger("hpsafety")
 
 
 def select_rows(
@@ -37,34 +31,6 @@ def select_rows(
     return kept, counts
 
 
-def build_groups(rows: list[dict], tokenizer, max_length: int) -> tuple[list, dict]:
-    """(groups that fit max_length tokens, counts). Too long a group is dropped and counted, never cut (SFT-3)."""
-    groups = [encode_dialogue(tokenizer, row["prompt"], row["response"]) for row in rows]
-    kept, dropped = drop_long(groups, max_length)
-    if not kept:
-        raise InputError(
-            f"no example is left to train on: all {len(groups)} are longer than {max_length} tokens; raise "
-            "--max-length (at most the model's context) or give shorter data"
-            if groups
-            else "no example is left to train on: every row is held out or excluded; see split, checks and "
-            "--safety-fraction"
-        )
-    return [groups[i] for i in kept], {"dropped_too_long": dropped}
-
-
-def count_trained(groups: list) -> int:
-    """Trained tokens: SFT's loss denominator."""
-    return sum(
-        sum(map(len, g.responses)) if g.train is None else sum(sum(map(bool, mask)) for mask in g.train)
-        for g in groups
-    )
-
-
-def nll(model, batch, denominator):
-    """SFT's loss on one micro-batch (train.step.train_step)."""
-    return model.nll(batch, denominator)
-
-
 def run(cfg) -> None:
     """hpsafety sft: see SFTConfig. Writes the run directory of design.md section 8 to cfg.out."""
     with stage.ranks(cfg.device) as world:
@@ -83,13 +49,7 @@ def _run(cfg, world) -> None:
     stage.begin(
         out, f"sft: {len(groups)} examples, {count_trained(groups)} trained tokens; {why}", counts, world
     )
-    if not valid and world.is_main:
-        log.info("no rows with split valid: early stopping is off")
-    model = distributed.shard(model.to(world.device), world, dtype)
-    model.recompute = cfg.recompute
-    settings = stage.fit_settings(cfg, dtype, cfg.warmup)
-    done = fit(model, groups, valid, nll, count_trained, settings, out, world, "sft")
-    save(model, out, world)
+    done = finetune(model, groups, valid, cfg, dtype, out, world, "sft")
     out.finish(counts | done)
     if world.is_main:
         say(f"sft: wrote {out.path / 'model'}")
@@ -99,17 +59,9 @@ def _run(cfg, world) -> None:
 def prepare(records, model, cfg) -> tuple[list, list, dict]:
     """(groups to train on, held-out groups, counts) of all rows of the data files."""
     rows, counts = select_rows(list(records), cfg.safety_fraction, cfg.seed, cfg.all_safety)
-    context = model.config.max_positions
-    max_length = min(cfg.max_length or context, context)
+    max_length = longest(cfg, model)
     groups, dropped = build_groups(rows, model.tokenizer, max_length)
     held = [r for r in records if r.get("split") == "valid"]
     valid, lost = build_groups(held, model.tokenizer, max_length) if held else ([], {"dropped_too_long": 0})
     counts |= dropped | {"valid_dropped_too_long": lost["dropped_too_long"]}
     return groups, valid, counts | stage.plain_counts(records.counts)
-
-
-def save(model, out, world) -> None:
-    """OUT/model in HF layout; all ranks gather, rank 0 writes."""
-    tensors = stage.whole_weights(model)
-    if world.is_main:
-        save_state(model.config, tensors, model.tokenizer, model.generation, out.path / "model")

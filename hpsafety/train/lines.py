@@ -6,20 +6,21 @@ same command after an interruption goes on with what is missing, with any number
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hpsafety.data.records import iter_records
+from hpsafety.data.records import iter_numbered, iter_records
 from hpsafety.errors import InputError, file_error
 from hpsafety.files import atomic_write
 from hpsafety.train import distributed
 from hpsafety.train.metrics import close_log, open_log
-from hpsafety.train.rundir import now, refuse_other, sha256, versions
+from hpsafety.train.rundir import input_hashes, now, refuse_other, sha256, versions
 
 log = logging.getLogger("hpsafety")
 
@@ -44,7 +45,7 @@ class LineJob:
         if self.total == 0:
             raise InputError(f"{', '.join(map(str, self.data))}: no rows are left to work on")
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-        hashes = {path.name: sha256(path) for path in self.data} | extra
+        hashes = input_hashes(self.data) | extra
         self.manifest = {
             "stage": command, "config": settings, "code_version": versions()["hpsafety"], "seed": settings.get("seed"),
             "versions": versions(), "world_size": world.size, "input_hashes": hashes, "output_hashes": {},
@@ -53,8 +54,8 @@ class LineJob:
         self.complete = self._finished_before(config.resume)
         if config.resume:
             self._refuse_other()
-        self.done: dict[int, tuple[Path, int]] = {}  # line -> (file, offset of its text)
-        self.handle = None
+        self.done: set[int] = set()  # lines that have a result from before
+        self.handle = self.log = None
 
     def _finished_before(self, resume: bool) -> bool:
         """Whether OUT is already the result of this very command."""
@@ -76,14 +77,13 @@ class LineJob:
             self._claim(resume)
         distributed.barrier(self.world)
         for path in sorted(self.part.glob("rank-*.jsonl")):
-            for line, offset in _whole_lines(path):
-                self.done[json.loads(line)["index"]] = (path, offset)
+            self.done.update(json.loads(line)["index"] for line, _ in _whole_lines(path))
         distributed.barrier(self.world)  # nobody appends before everybody has read
         path = self.part / f"rank-{self.world.rank}.jsonl"
         _cut_half_line(path)
         self.handle = open(path, "ab")  # noqa: SIM115  closed by close()
         if self.world.is_main:
-            open_log(self.part / "log.txt")
+            self.log = open_log(self.part / "log.txt")
             if self.done:
                 log.info("resumed: %d of %d lines are done", len(self.done), self.total)
 
@@ -106,6 +106,20 @@ class LineJob:
         with atomic_write(path) as handle:
             json.dump(self.manifest, handle, indent=2)
 
+    def check_rows(self, check: Callable[[dict], None]) -> None:
+        """Calls check(row) for every row; an InputError it raises gets the row's FILE:LINE (before any work)."""
+        for path in self.data:
+            for line, row in iter_numbered(path, self.kind):
+                try:
+                    check(row)
+                except InputError as error:
+                    raise file_error(path, str(error), line) from None
+
+    def place(self, index: int) -> str:
+        """FILE:LINE of a row, for a message: reads the files again up to there."""
+        places = (f"{path}:{line}" for path in self.data for line, _ in iter_numbered(path, self.kind))
+        return next(itertools.islice(places, index, None))
+
     def rows(self) -> Iterator[tuple[int, dict]]:
         """(line, row) of what this rank still has to do; the remaining lines go round the ranks."""
         index = turn = 0
@@ -126,18 +140,18 @@ class LineJob:
         self.handle.flush()
 
     def close(self) -> None:
-        """After an interruption: OUT.part stays as it is."""
+        """Ends the files of this process; after an interruption OUT.part stays as it is."""
         if self.handle is not None:
             self.handle.close()
-        close_log()
+        close_log(self.log)
+        self.log = None
 
     def finish(self, counts: dict) -> None:
         """Writes OUT from the parts of all ranks, its manifest beside it, and removes OUT.part (a collective call)."""
-        self.handle.close()
+        self.close()
         distributed.barrier(self.world)
         if self.world.is_main:
             written = self._merge()
-            close_log()
             self.manifest |= {
                 "output_hashes": {self.out.name: sha256(self.out)},
                 "counts": {"lines": written} | counts,

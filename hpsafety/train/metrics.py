@@ -17,18 +17,18 @@ def peak_rss_mb() -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def open_log(path: Path) -> None:
-    """Sends the package's log to `path` (appending), and to stderr where there is no progress bar."""
+def open_log(path: Path) -> logging.Handler:
+    """Sends the package's log to `path` too (appending), until close_log is given the handler."""
     log.setLevel(logging.INFO)
-    close_log()
-    handlers = [logging.FileHandler(path, encoding="utf-8")]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(handler)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+    return handler
 
 
-def close_log() -> None:
-    for handler in list(log.handlers):
+def close_log(handler: logging.Handler | None) -> None:
+    """Ends one log file; None is none."""
+    if handler is not None:
         log.removeHandler(handler)
         handler.close()
 

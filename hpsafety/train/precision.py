@@ -24,3 +24,8 @@ def choose(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
     if cpu_has_fast_bf16():
         return torch.bfloat16, "bf16 (auto: this CPU multiplies bf16 in hardware; fp32 masters and optimiser)"
     return torch.float32, "fp32 (auto: this CPU has no bf16 multiply)"
+
+
+def name(dtype: torch.dtype) -> str:
+    """The --precision that means `dtype`."""
+    return "bf16" if dtype == torch.bfloat16 else "fp32"

@@ -6,10 +6,12 @@ import hashlib
 import json
 import platform
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from hpsafety.errors import file_error
 from hpsafety.files import atomic_write
+from hpsafety.model.io import locate
 from hpsafety.train import checkpoint
 
 # Fields that change how a run is executed, not what it computes: a run may be resumed under other values of these.
@@ -28,11 +30,25 @@ def sha256(path: Path) -> str:
 
 
 def input_hashes(paths) -> dict[str, str]:
-    """File name -> sha256 of each data file; a folder stands with all its files."""
+    """File name -> sha256 of each data file; a folder stands with all its files; files of one name by their paths."""
+    paths = [Path(path) for path in paths]
+    names = Counter(path.name for path in paths)
     out = {}
-    for path in map(Path, paths):
-        out |= tree_hashes(path) if path.is_dir() else {path.name: sha256(path)}
+    for path in paths:
+        name = path.name if names[path.name] == 1 else str(path)
+        out |= tree_hashes(path) if path.is_dir() else {name: sha256(path)}
     return out
+
+
+def model_hashes(name: str, model: str) -> dict[str, str]:
+    """name/FILE -> sha256 of every file of a model directory; a model that is one file stands as `name`.
+
+    model  as load_model takes it. Raises InputError where there is none.
+    """
+    path = locate(model)
+    if not path.is_dir():
+        return {name: sha256(path)}
+    return {f"{name}/{p.relative_to(path)}": sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def tree_hashes(folder: Path) -> dict[str, str]:
@@ -94,7 +110,8 @@ class RunDir:
         }  # fmt: skip
         old = self._old_manifest()
         self.complete = bool(old and config.resume and old.get("ended"))
-        self.resume_step = 0
+        self.resume_step, self.log = 0, None
+        self.fresh = old is None or not config.resume  # nothing that OUT holds is taken over
         if old is not None and config.resume:
             self._refuse_other(old)
             self.manifest["started"] = old["started"]

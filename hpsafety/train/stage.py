@@ -9,7 +9,7 @@ import torch
 
 from hpsafety.train import distributed
 from hpsafety.train.loop import FitSettings
-from hpsafety.train.metrics import open_log, say
+from hpsafety.train.metrics import close_log, open_log, say
 from hpsafety.train.rundir import RunDir, input_hashes
 
 log = logging.getLogger("hpsafety")
@@ -17,19 +17,22 @@ log = logging.getLogger("hpsafety")
 
 @contextlib.contextmanager
 def ranks(device: str) -> Iterator[distributed.World]:
-    """This process among its peers, for as long as the stage runs."""
+    """This process among its peers, for as long as the stage runs; its log files are closed at the end."""
     try:
         yield distributed.init(device)
     finally:
+        for handler in list(log.handlers):
+            close_log(handler)
         distributed.close()
 
 
-def run_directory(cfg, stage: str, data, world) -> RunDir | None:
+def run_directory(cfg, stage: str, data, world, models: dict[str, str] | None = None) -> RunDir | None:
     """OUT of this stage, not yet opened; None, and a line that says so, when the run is complete.
 
-    data  the files and folders whose checksums belong to the run
+    data    the files and folders whose checksums belong to the run
+    models  checksums of more inputs by name (rundir.model_hashes)
     """
-    out = RunDir(cfg.out, stage, cfg, input_hashes(data), world)
+    out = RunDir(cfg.out, stage, cfg, input_hashes(data) | (models or {}), world)
     if not out.complete:
         return out
     if world.is_main:
@@ -41,7 +44,7 @@ def begin(out: RunDir, headline: str, counts: dict, world) -> None:
     """Makes OUT and its log: the headline is also shown, the counts are logged line by line."""
     out.open()
     if world.is_main:
-        open_log(out.path / "log.txt")
+        out.log = open_log(out.path / "log.txt")
         say(headline)
         for name, number in counts.items():
             log.info("%s: %s", name, number)

@@ -12,17 +12,17 @@ category.attack for adversarial prompts, and borderline.topic or helpful.topic f
 The template id is the table's name with hyphens, helpful-cooking-basic. Each row keeps its id and its slots, so
 that it can be made again from them. A held-out file holds `[set.topic]`, or `[set.category.attack]`, with lines
 `name = [prompt, reference response]`: each is a template of its own, and none occurs in training (DATA-3).
+How the preference pairs are made from the training prompts is told in pairs.py.
 
 Harmful requests are named by topic or by a placeholder such as [substance X], never described (DATA-4).
 """
 
 import json
 import random
-import re
-import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 
+from hpsafety.data.demo.pairs import preference_rows
+from hpsafety.data.demo.texts import HERE, fill, read_toml
 from hpsafety.files import atomic_write
 
 SEED = 0  # of the order of the rows
@@ -36,19 +36,6 @@ HELDOUT_SPLITS = {
     "heldout_helpful": "test_help",
 }
 CHECKS = {"fits_dialogue": True, "follows_instruction": True, "well_written": True, "safe": True}
-HERE = Path(__file__).parent
-_SLOT = re.compile(r"\{(\w+)\}")
-
-
-def read_toml(name: str) -> dict:
-    """The tables of templates/NAME.toml."""
-    with open(HERE / "templates" / f"{name}.toml", "rb") as handle:
-        return tomllib.load(handle)
-
-
-def fill(skeleton: str, slots: dict[str, str]) -> str:
-    """The skeleton with each {name} replaced. Raises KeyError for a slot that has no text."""
-    return _SLOT.sub(lambda match: slots[match[1]], skeleton)
 
 
 def templates() -> dict[str, dict]:
@@ -124,8 +111,10 @@ def heldout_rows(name: str) -> list[dict]:
 
 
 def data_sets() -> dict[str, list[dict]]:
-    """File stem -> rows: the four files of the demo."""
-    return {"train": train_rows()} | {name: heldout_rows(name) for name in HELDOUT_SPLITS}
+    """File stem -> rows: the five files of the demo."""
+    train = train_rows()
+    heldout = {name: heldout_rows(name) for name in HELDOUT_SPLITS}
+    return {"train": train, "preferences": preference_rows(train, templates())} | heldout
 
 
 def encode(rows: list[dict]) -> bytes:

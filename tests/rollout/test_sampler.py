@@ -1,6 +1,6 @@
 """The keys of generate's draws. The bug this file must catch: two responses of one run that share their noise."""
 
-from hpsafety.model.generate import _mix, _row_seed
+from hpsafety.rollout.sampler import _mix, row_seed
 
 
 def test_mix_is_splitmix64():
@@ -13,6 +13,6 @@ def test_mix_is_splitmix64():
 def test_row_seeds_are_int64_and_apart():
     """Every (seed, prompt, sample) has its own, also where the numbers are swapped or add up alike."""
     keys = [(s, p, k) for s in (0, 1, 2, -1, 2**63) for p in range(60) for k in range(60)]
-    seeds = {_row_seed(*key) for key in keys}
+    seeds = {row_seed(*key) for key in keys}
     assert len(seeds) == len(keys)
     assert all(-(2**63) <= s < 2**63 for s in seeds)

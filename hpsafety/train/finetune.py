@@ -1,0 +1,81 @@
+"""Fine-tuning on demonstrations, which several stages do: loss on answer tokens only (spec section 2)."""
+
+import dataclasses
+import logging
+
+import torch
+
+from hpsafety.data.batches import drop_long
+from hpsafety.data.chat import encode_dialogue
+from hpsafety.data.groups import PromptGroup
+from hpsafety.errors import InputError
+from hpsafety.model.io import save_state
+from hpsafety.train import distributed, stage
+from hpsafety.train.loop import fit
+
+log = logging.getLogger("hpsafety")
+
+
+def build_groups(rows: list[dict], tokenizer, max_length: int) -> tuple[list, dict]:
+    """(groups that fit max_length tokens, counts). Too long a group is dropped and counted, never cut (SFT-3).
+
+    rows  with `prompt` and `response`
+    Raises InputError when nothing is left.
+    """
+    groups = [encode(tokenizer, row) for row in rows]
+    kept, dropped = drop_long(groups, max_length)
+    if not kept:
+        raise InputError(
+            f"no example is left to train on: all {len(groups)} are longer than {max_length} tokens; raise "
+            "--max-length (at most the model's context) or give shorter data"
+            if groups
+            else "no example is left to train on: every row is held out or excluded; see split, checks and "
+            "--safety-fraction"
+        )
+    return [groups[i] for i in kept], {"dropped_too_long": dropped}
+
+
+def encode(tokenizer, row: dict) -> PromptGroup:
+    """A demonstration as a group. Where the sampler cut the answer (`finish` is "length"), the end of turn is not
+    trained: the model never said that it had finished."""
+    group = encode_dialogue(tokenizer, row["prompt"], row["response"])
+    if row.get("finish") != "length":
+        return group
+    mask = [True] * len(group.responses[0]) if group.train is None else list(group.train[0])
+    return dataclasses.replace(group, train=[[*mask[:-1], False]])
+
+
+def longest(cfg, model) -> int:
+    """Tokens a group may have: --max-length, at most the model's context."""
+    context = model.config.max_positions
+    return min(cfg.max_length or context, context)
+
+
+def count_trained(groups: list) -> int:
+    """Trained tokens: SFT's loss denominator."""
+    return sum(
+        sum(map(len, g.responses)) if g.train is None else sum(sum(map(bool, mask)) for mask in g.train)
+        for g in groups
+    )
+
+
+def nll(model, batch, denominator):
+    """SFT's loss on one micro-batch (train.step.train_step)."""
+    return model.nll(batch, denominator)
+
+
+def finetune(model, groups: list, valid: list, cfg, dtype: torch.dtype, out, world, title: str) -> dict:
+    """Trains `model` (fp32, whole, on the CPU) on `groups`, writes OUT/model; returns counts for the manifest.
+
+    cfg  the stage's dataclass with the training flags; out: RunDir, open; valid may be empty: no early stopping
+    """
+    if not valid and world.is_main:
+        log.info("no rows with split valid: early stopping is off")
+    model = distributed.shard(model.to(world.device), world, dtype)
+    model.recompute = cfg.recompute
+    settings = stage.fit_settings(cfg, dtype, cfg.warmup)
+    done = fit(model, groups, valid, nll, count_trained, settings, out, world, title)
+    tensors = stage.whole_weights(model)
+    if world.is_main:
+        save_state(model.config, tensors, model.tokenizer, model.generation, out.path / "model")
+    return done
