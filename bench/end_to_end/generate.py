@@ -11,9 +11,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.end_to_end.alternate import child, model_directory
 from bench.end_to_end.common import write_json
 from bench.end_to_end.generate_run import CONTENDERS, Settings, make_prompts
-from bench.end_to_end.alternate import child, model_directory
 from bench.machine import machine
 
 MODES = ("greedy", "sampled")

@@ -1,6 +1,6 @@
 """Reward models on a few hundred pairs, with the built-in model: what the auxiliary loss and the margin do.
 
-    python -m bench.trials.reward --data FOLDER --demo preferences.jsonl --work DIR --json results.json
+    python -m bench.trials.reward --data FOLDER --work DIR --json results.json
 
 FOLDER holds hh_harmless_pairs.jsonl ({prompt, chosen, rejected}) and diasafety.jsonl ({prompt, response, label safe or
 unsafe}). A run that is finished is not repeated, one that was interrupted goes on: start the same command again.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bench.machine import machine
 from hpsafety.config import RewardConfig
+from hpsafety.data.demo import path as demo_path
 from hpsafety.data.records import normalise_prompt, read_records, write_records
 from hpsafety.safety.intervals import wilson
 from hpsafety.stages import reward
@@ -68,12 +69,12 @@ def two_sided(folder: Path) -> list[list[dict]]:
     ]
 
 
-def plan(folder: Path, demo: Path, work: Path) -> list[dict]:
+def plan(folder: Path, work: Path) -> list[dict]:
     """The runs, in order: {trial, variant, seed, fold, data, flags}; writes their data files."""
     files = work / "data"
     files.mkdir(parents=True, exist_ok=True)
     write_records(files / "harmless.jsonl", harmless(folder))
-    write_records(files / "margin.jsonl", read_records(demo, "preference"))
+    write_records(files / "margin.jsonl", read_records(demo_path("preferences"), "preference"))
     prompts = two_sided(folder)
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
     for fold in range(FOLDS):
@@ -174,14 +175,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public sets")
-    parser.add_argument("--demo", type=Path, required=True, help="the repository's own rated pairs")
     parser.add_argument("--work", type=Path, required=True, help="folder for data files and runs")
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     import torch
 
     facts, results = machine(torch.get_num_threads()), []
-    for spec in plan(args.data, args.demo, args.work):
+    for spec in plan(args.data, args.work):
         results.append(run_one(spec, args.work))
         record = {"machine": facts, "settings": SETTINGS | {"batch": BATCH}, "runs": results}
         args.json.write_text(json.dumps(record, indent=None) + "\n", encoding="utf-8")

@@ -31,8 +31,7 @@ def wilson(count: int, total: int) -> Rate:
     p, z2 = count / total, Z95 * Z95 / total
     centre = (p + z2 / 2) / (1 + z2)
     half = Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total)) / (1 + z2)
-    low = (
-        centre - half if count else 0.0
-    )  # exact at both ends: a rounding error would put p outside of its interval
+    # Exact at both ends: a rounding error would put p outside of its own interval.
+    low = centre - half if count else 0.0
     high = centre + half if count < total else 1.0
     return Rate(count, total, p, low, high)

@@ -44,14 +44,19 @@ def _run(cfg, world) -> None:
         f"reward: {len(pairs)} pairs for {cfg.kind}, margin {cfg.margin}, auxiliary weight {cfg.aux_weight:g}"
     )
     stage.begin(out, f"{headline}; {why}", counts, world)
+    total, one_pass = plan(len(pairs), cfg)
+    warmup = warmup_steps(total) if cfg.warmup is None else cfg.warmup
     if world.is_main:
         warn(cfg, pairs, held, counts)
+        if total <= warmup:
+            say(
+                f"reward: all of the {total} optimiser steps are warm-up; a smaller --batch makes more of them"
+            )
     if cfg.head_only:
         freeze_trunk(model)
     model = distributed.shard(model.to(world.device), world, dtype)
     model.recompute = cfg.recompute
-    total, one_pass = plan(len(pairs), cfg)
-    settings = stage.fit_settings(cfg, dtype, warmup_steps(total) if cfg.warmup is None else cfg.warmup)
+    settings = stage.fit_settings(cfg, dtype, warmup)
     watched = held if total > one_pass else []  # one pass cannot stop early, so it is spared the measurement
     done = fit(model, pairs, watched, pair_loss(cfg.aux_weight), len, settings, out, world, "reward")
     save(model, cfg, out, world)

@@ -11,11 +11,12 @@ import pytest
 from hpsafety import cli
 from hpsafety.config import SFTConfig
 from hpsafety.data.groups import PromptGroup
+from hpsafety.model.heads import reward_model_from
 from hpsafety.profile import command
-from hpsafety.train.work import count_tokens, forward_flops
+from hpsafety.train.work import count_tokens, forward_flops, model_flops, passes
 from tests.stages.conftest import model_dir
 from tests.stages.test_sft import ROOT, data_file
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_model
 
 __all__ = ["data_file", "model_dir"]  # fixtures
 
@@ -114,6 +115,13 @@ def test_work_is_counted_from_groups():
     linear = 2 * 3 * (24 * 6 * (2 * 4 + 2 * 2) + 3 * 24 * 40)
     attention = 4 * 4 * 6 * 6
     assert forward_flops(config, groups[1]) == 2 * (linear + attention) + 2 * 24 * 67
+    chat, model = tiny_model(), reward_model_from(tiny_model())
+    assert model_flops(chat, groups[1]) == forward_flops(config, groups[1])
+    assert model_flops(model, groups[1]) == 2 * (linear + attention), "a reward model has no token head"
+    assert passes(model) == 3
+    for block in model.blocks:
+        block.requires_grad_(False)
+    assert passes(model) == 1, "backward does not run through a frozen trunk"
 
 
 def test_an_earlier_profile_is_written_over(profiled, model_dir, data_file):

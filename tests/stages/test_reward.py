@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpsafety import cli, ops
+from hpsafety import cli, flags, ops
 from hpsafety.config import RewardConfig
 from hpsafety.data.groups import pack
 from hpsafety.data.preferences import Pair
@@ -285,7 +285,7 @@ def test_counts_of_what_is_left_out(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, flags, message",
+    "changes, limits, message",
     [
         ({"rating": "much better"}, {}, 'pairs.jsonl:1: field "rating" must be one of significantly'),
         ({"rejected": "x", "chosen": "x"}, {}, "chosen and rejected are the same text"),
@@ -294,11 +294,11 @@ def test_counts_of_what_is_left_out(model_dir, tmp_path):
         ({}, {"max_length": 9}, "longer than 9 tokens"),
     ],
 )  # fmt: skip
-def test_bad_data(changes, flags, message, model_dir, tmp_path):
+def test_bad_data(changes, limits, message, model_dir, tmp_path):
     """One line, and nothing written."""
     data = write(tmp_path / "pairs.jsonl", make_rows(**changes))
     with pytest.raises(InputError, match=message):
-        reward.run(config(model_dir, data, tmp_path / "run", **flags))
+        reward.run(config(model_dir, data, tmp_path / "run", **limits))
     assert not (tmp_path / "run").exists()
 
 
@@ -317,15 +317,37 @@ def test_models_that_cannot_serve(model_dir, data_file, tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_flags(capsys):
-    needed = {"model": "m", "data": ("d",), "out": "o"}
-    helpful = RewardConfig(**needed, kind="helpfulness")
+def test_flags(capsys, tmp_path):
+    """Defaults of the kind; choices that may be left out, on the command line and in a TOML file."""
+    needed = ["--model", "m", "--data", "d", "--out", "o", "--kind"]
+    parse = lambda *args: flags.parse(RewardConfig, "hpsafety reward", "", [*needed, *args])  # noqa: E731
+    helpful = parse("helpfulness")
     assert (helpful.margin, helpful.aux_weight, helpful.batch, helpful.epochs) == ("small", 0.0, 512, 1)
-    assert RewardConfig(**needed, kind="safety", margin="large", aux_weight=0.0).aux_weight == 0.0
-    with pytest.raises(InputError, match="--aux-weight must be"):
-        RewardConfig(**needed, kind="safety", aux_weight=math.nan)
-    assert cli.main(["reward", "--model", "m", "--data", "d", "--out", "o", "--kind", "polite"]) == 2
-    assert "--kind" in capsys.readouterr().err
+    assert (parse("safety").margin, parse("safety").aux_weight) == ("none", 1.0)
+    (tmp_path / "run.toml").write_text('margin = "large"\naux-weight = 0.0\n')
+    given = parse("safety", "--config", str(tmp_path / "run.toml"))
+    assert (given.margin, given.aux_weight) == ("large", 0.0)
+    for words, message in (
+        (["safety", "--aux-weight", "nan"], "--aux-weight"), (["polite"], "--kind"),
+        (["safety", "--margin", "huge"], "--margin"),
+    ):  # fmt: skip
+        assert cli.main(["reward", *needed, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_the_data_keeps_a_run_from_is_said(model_dir, tmp_path, capsys):
+    """Nothing to mix, no bins, no ratings, nothing held out, nothing but warm-up: each in a line, none an error."""
+    rows = [{"prompt": f"p {i}", "chosen": "yes", "rejected": "no", "is_safety": False} for i in range(8)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    reward.run(config(model_dir, data, tmp_path / "run", margin="small", batch=512))
+    said = capsys.readouterr().err
+    for words in (
+        "all pairs are helpfulness data", "no pair has a safety bin", "no pair has a rating", "nothing is held out",
+        "all of the 1 optimiser steps are warm-up",
+    ):  # fmt: skip
+        assert words in said
+    result = report_of(tmp_path / "run")["held_out"]
+    assert result["pairs"] == 0 and result["loss"] is None
 
 
 def test_nan_scores_name_the_pair(model_dir, data_file, tmp_path):
