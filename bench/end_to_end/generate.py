@@ -14,7 +14,6 @@ from pathlib import Path
 from bench.end_to_end.alternate import bf16_is_pointless, child, model_directory
 from bench.end_to_end.common import write_json
 from bench.end_to_end.generate_run import CONTENDERS, Settings, make_prompts
-from bench.end_to_end.alternate import child, model_directory
 from bench.machine import machine
 
 MODES = ("greedy", "sampled")
