@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.end_to_end.alternate import child, model_directory
+from bench.end_to_end.alternate import bf16_is_pointless, child, model_directory
 from bench.end_to_end.common import write_json
 from bench.end_to_end.generate_run import CONTENDERS, Settings, make_prompts
 from bench.machine import machine
@@ -122,6 +122,8 @@ def print_table(settings: Settings, rows: dict, share: float, before: dict) -> N
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    if bf16_is_pointless(options):
+        return
     settings = Settings(
         model=model_directory(options.model), prompts=options.prompts, k=options.k, new_tokens=options.new_tokens,
         top_p=options.top_p, precision=options.precision, threads=options.threads,
