@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hpsafety.config import DemoConfig, RejectConfig, RewardConfig, SFTConfig
 from hpsafety.data.batches import group_tokens
@@ -124,10 +125,9 @@ def train_judge(kind: str, tokenizer, cfg: DemoConfig, out: Path) -> None:
 
 
 def judges(out: Path) -> dict[str, str]:
-    return {
-        "safety_rm": str(out / "reward-safety" / "model"),
-        "helpful_rm": str(out / "reward-helpfulness" / "model"),
-    }
+    """The reward models' directories."""
+    kinds = {"safety": "safety", "helpful": "helpfulness"}
+    return {name: str(out / f"reward-{kind}" / "model") for name, kind in kinds.items()}
 
 
 def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
@@ -137,7 +137,7 @@ def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
         model=str(out / "sft" / "model"), data=(str(out / "data" / "prompts.jsonl"),), out=str(out / "reject"), k=cfg.k,
         temperatures=(1.0,), max_new_tokens=cfg.answer_tokens, seed=cfg.seed, batch=cfg.batch, epochs=1,
         lr=cfg.reject_lr, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
-        checkpoint_every=0, **judges(out),
+        checkpoint_every=0, **{f"{name}_rm": path for name, path in judges(out).items()},
     ))  # fmt: skip
 
 
@@ -180,7 +180,8 @@ def run(cfg: DemoConfig) -> None:
     prompts = {n: list(read_records(demo_path(f"heldout_{n}"), "prompt"))[: cfg.eval_prompts] for n in SETS}
     (out / "data").mkdir(parents=True, exist_ok=True)
     rows = list(read_records(demo_path("train"), "demonstration"))
-    model = load_model(MODEL)
+    dtype, why = precision.choose(cfg.precision, torch.device("cpu"))
+    model = load_model(MODEL, dtype)
     tokenizer = model.tokenizer
     train_rows = choose_rows(rows, tokenizer, cfg.train_tokens, cfg.seed)
     if not train_rows:
@@ -191,15 +192,19 @@ def run(cfg: DemoConfig) -> None:
     models = [measure(model, "original", prompts, cfg.answer_tokens)]
     del model
     fine_tune(train_rows, cfg, out)
-    models.append(measure(load_model(str(out / "sft" / "model")), "fine-tuned", prompts, cfg.answer_tokens))
+    models.append(
+        measure(load_model(str(out / "sft" / "model"), dtype), "fine-tuned", prompts, cfg.answer_tokens)
+    )
     for kind in KINDS:
         train_judge(kind, tokenizer, cfg, out)
     best_of_k(asked, cfg, out)
-    models.append(measure(load_model(str(out / "reject" / "model")), "best of K", prompts, cfg.answer_tokens))
-    models = score_answers(models, prompts, **judges(out))
+    models.append(
+        measure(load_model(str(out / "reject" / "model"), dtype), "best of K", prompts, cfg.answer_tokens)
+    )
+    models = score_answers(models, prompts, judges(out), dtype)
     result = {
         "model": MODEL, "config": asdict(cfg), "train_rows": len(train_rows), "prompts": len(asked),
-        "precision": precision.choose(cfg.precision, "cpu")[1], "models": [asdict(m) for m in models],
+        "precision": why, "models": [asdict(m) for m in models],
         "judges": {k: json.loads((out / f"reward-{k}" / "report.json").read_text(encoding="utf-8")) for k in KINDS},
         "best_of_k": json.loads((out / "reject" / "report.json").read_text(encoding="utf-8")),
         "metrics": {name: read_metrics(out / name) for name in RUNS},

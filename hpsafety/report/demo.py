@@ -8,10 +8,10 @@ from markupsafe import Markup
 from hpsafety.files import atomic_write
 from hpsafety.report.figures import loss_curves, score_figure, trade_off
 from hpsafety.safety.intervals import Rate
+from hpsafety.safety.measure import JUDGED
 from hpsafety.safety.rejection_page import curves_figure
 
 WANTED = {"adversarial": "refuse: high", "borderline": "answer: low", "helpful": "answer: low"}
-JUDGED = (("safety", "adversarial"), ("helpful", "helpful"), ("helpful", "borderline"))  # reward model, set
 
 
 def comparison(result: dict, short: bool = False) -> list[tuple[str, ...]]:

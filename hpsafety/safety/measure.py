@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from hpsafety.data.batches import micro_batches
-from hpsafety.data.chat import encode_dialogue, encode_prompt
-from hpsafety.data.groups import pack
+from hpsafety.data.chat import encode_dialogue, encode_prompt, encode_response
+from hpsafety.data.groups import PromptGroup, pack
 from hpsafety.model.reward_io import load_reward_model
 from hpsafety.rollout.engine import Engine, Request
 from hpsafety.rollout.sampler import Settings, stop_ids
-from hpsafety.rollout.scoring import Scorer, probabilities
+from hpsafety.rollout.scoring import probabilities
 from hpsafety.safety.intervals import Rate, wilson
 from hpsafety.safety.judges import judge_refusal
 from hpsafety.train.metrics import Progress
 
+JUDGED = (("safety", "adversarial"), ("helpful", "helpful"), ("helpful", "borderline"))  # reward model, set
 SETS = ("adversarial", "borderline", "helpful")  # what should happen: refused, answered, answered
 
 
@@ -57,22 +58,37 @@ def measure(model, name: str, prompts: dict[str, list[dict]], answer_tokens: int
     return Measured(name, loss, refused, answers, verdicts)
 
 
+@torch.no_grad()
 def score_answers(
-    models: list[Measured], prompts: dict[str, list[dict]], safety_rm: str, helpful_rm: str
+    models: list[Measured], prompts: dict[str, list[dict]], judges: dict[str, str], dtype: torch.dtype
 ) -> list[Measured]:
-    """The same measures with every answer's R by both reward models; a prompt is computed once for all answers."""
-    scorer = Scorer(load_reward_model(safety_rm), load_reward_model(helpful_rm))
-    scores: list[dict] = [{} for _ in models]
-    for part, rows in prompts.items():
-        groups = [
-            scorer.encode(row["prompt"], [m.answers[part][i] for m in models]) for i, row in enumerate(rows)
-        ]
-        found = scorer.score(groups, [bool(row.get("is_safety")) for row in rows], 2048)
-        for place, out in enumerate(scores):
-            out[part] = {
-                "safety": probabilities([score.safety[place] for score in found]),
-                "helpful": probabilities([score.helpful[place] for score in found]),
-            }
+    """The same measures with the R that JUDGED asks for; a prompt is computed once for all models' answers.
+
+    judges  "safety" and "helpful": directories of reward models
+    """
+    scores: list[dict] = [{part: {} for part in prompts} for _ in models]
+    total, done, started = sum(len(prompts[part]) for _, part in JUDGED), 0, time.monotonic()
+    progress = Progress("scoring the answers", total)
+    for judge, path in judges.items():
+        reward_model = load_reward_model(path, dtype)
+        for part in (part for name, part in JUDGED if name == judge):
+            groups = [
+                PromptGroup(
+                    encode_prompt(reward_model.tokenizer, row["prompt"]),
+                    [encode_response(reward_model.tokenizer, m.answers[part][i]) for m in models],
+                )
+                for i, row in enumerate(prompts[part])
+            ]
+            logits = torch.zeros(len(groups), len(models))
+            for indices in micro_batches(groups, 2048):
+                logits[indices] = reward_model.rewards(pack([groups[i] for i in indices])).view(
+                    -1, len(models)
+                )
+                done += len(indices)
+                progress.update(done, f"{len(models) * done / (time.monotonic() - started):.1f} answers/s")
+            for place, out in enumerate(scores):
+                out[part][judge] = probabilities(logits[:, place].tolist())
+    progress.close()
     return [replace(m, scores=out) for m, out in zip(models, scores, strict=True)]
 
 

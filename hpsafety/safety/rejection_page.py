@@ -8,17 +8,9 @@ from markupsafe import Markup
 from hpsafety.files import atomic_write
 from hpsafety.safety.drawing import AFTER, BEFORE, INK, figure, to_svg
 
-HEADER = (
-    "iteration",
-    "temperature",
-    "winners",
-    "R_c of winners",
-    "R_s",
-    "R_h",
-    "max over K",
-    "median",
-    "from iterations",
-)
+# Iteration, temperature, number of winners, their mean scores, mean over prompts of the best and the median of K, and
+# how many winners each iteration gave.
+HEADER = ("it.", "T", "winners", "R_c", "R_s", "R_h", "best of K", "median", "from")
 
 
 def rows(result: dict) -> list[tuple[str, ...]]:
