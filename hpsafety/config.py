@@ -301,11 +301,9 @@ class DemoConfig:
     eval_prompts: int = option("held-out prompts asked per set, before and after", 60)
     answer_tokens: int = option("tokens per answer, at most", 40)
     reward_tokens: int = option("tokens each reward model is trained on, at most", 10_000)
-    reward_lr: float = option("peak learning rate of the reward models", 5e-5)
     held_pairs: int = option("held-out pairs each reward model is measured on, at most", 48)
     k: int = option("answers per prompt in rejection sampling", 4)
     reject_tokens: int = option("tokens of prompts and samples in rejection sampling, at most", 8_000)
-    reject_lr: float = option("peak learning rate on the best answers", 2e-5)
 
     def __post_init__(self):
         require(self, "out", bool(self.out), "a directory")
@@ -314,9 +312,7 @@ class DemoConfig:
         require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
         require_at_least(self, 1, "batch", "train_tokens", "eval_prompts", "answer_tokens", "reward_tokens")
         require_at_least(self, 1, "held_pairs", "k", "reject_tokens")
-        for field in ("lr", "reward_lr", "reject_lr"):
-            value = getattr(self, field)
-            require(self, field, math.isfinite(value) and value > 0, "a number greater than 0")
+        require(self, "lr", math.isfinite(self.lr) and self.lr > 0, "a number greater than 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

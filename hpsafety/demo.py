@@ -43,10 +43,11 @@ def shuffled(rows: list[dict], seed: int) -> list[dict]:
 
 def in_turn(rows: list[dict], seed: int) -> list[dict]:
     """Safety rows, harmless look-alikes and plain helpful rows in turn, each kind in a seeded order."""
-    kinds = [[], [], []]
-    for row in shuffled(rows, seed):
+    rng, kinds = np.random.default_rng(seed), ([], [], [])
+    for row in rows:
         kinds[0 if row.get("is_safety") else 1 if row.get("is_borderline") else 2].append(row)
-    return [row for turn in zip_longest(*kinds) for row in turn if row is not None]
+    queues = [[kind[i] for i in rng.permutation(len(kind))] for kind in kinds]
+    return [row for turn in zip_longest(*queues) for row in turn if row is not None]
 
 
 def within(rows: list[dict], size, tokens: int) -> list[dict]:
@@ -119,7 +120,7 @@ def train_judge(kind: str, tokenizer, cfg: DemoConfig, out: Path) -> None:
     write_records(data, choose_pairs(train, tokenizer, kind, cfg.reward_tokens, cfg.seed) + held)
     reward.run(RewardConfig(
         model=str(out / "sft" / "model"), data=(str(data),), out=str(out / f"reward-{kind}"), kind=kind, seed=cfg.seed,
-        batch=cfg.batch, lr=cfg.reward_lr, epochs=1, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
+        batch=cfg.batch, lr=cfg.lr, epochs=1, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
         checkpoint_every=0,
     ))  # fmt: skip
 
@@ -136,7 +137,7 @@ def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
     reject.run(RejectConfig(
         model=str(out / "sft" / "model"), data=(str(out / "data" / "prompts.jsonl"),), out=str(out / "reject"), k=cfg.k,
         temperatures=(1.0,), max_new_tokens=cfg.answer_tokens, seed=cfg.seed, batch=cfg.batch, epochs=1,
-        lr=cfg.reject_lr, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
+        lr=cfg.lr, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
         checkpoint_every=0, **{f"{name}_rm": path for name, path in judges(out).items()},
     ))  # fmt: skip
 
