@@ -132,12 +132,13 @@ def judges(out: Path) -> dict[str, str]:
 
 
 def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
-    """One iteration of rejection sampling. It goes on from the fine-tuned model: so few winners cannot replace it."""
+    """One iteration of rejection sampling, at its own default rate. It goes on from the fine-tuned model, since so few
+    winners cannot replace the demonstrations."""
     write_records(out / "data" / "prompts.jsonl", prompts)
     reject.run(RejectConfig(
         model=str(out / "sft" / "model"), data=(str(out / "data" / "prompts.jsonl"),), out=str(out / "reject"), k=cfg.k,
         temperatures=(1.0,), max_new_tokens=cfg.answer_tokens, seed=cfg.seed, batch=cfg.batch, epochs=1,
-        lr=cfg.lr, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
+        warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
         checkpoint_every=0, **{f"{name}_rm": path for name, path in judges(out).items()},
     ))  # fmt: skip
 

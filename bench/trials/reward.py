@@ -99,7 +99,8 @@ def plan(folder: Path, work: Path) -> list[dict]:
          "flags": {"kind": "helpfulness", "margin": margin}}
         for seed in SEEDS for margin in ("none", "small", "large")
     ]  # fmt: skip
-    return sorted(runs, key=lambda spec: spec["seed"])  # every variant once, before any a second time
+    # Every variant once before any a second time; then the margins, whose effect is the smallest against the seeds'.
+    return sorted(runs, key=lambda spec: (spec["seed"] > 0, spec["trial"] != "margin", spec["seed"]))
 
 
 def run_one(spec: dict, work: Path) -> dict:
