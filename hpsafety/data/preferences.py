@@ -158,7 +158,7 @@ def describe(rows: Sequence[dict], pairs: Sequence[Pair]) -> dict:
     return {
         "examples": len(rows),
         "bins": _shares([pair.safety_bin for pair in pairs], (1, 2, 3)),
-        "ratings": {batch: _shares(values, RATINGS) for batch, values in ratings.items()},
+        "ratings": {batch: _shares(values, RATINGS) for batch, values in sorted(ratings.items())},
         "turns": sum(turns) / max(1, len(turns)),
         "tokens": dict(zip(("prompt", "chosen", "rejected"), mean, strict=True)),
     }

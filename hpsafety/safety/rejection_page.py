@@ -77,6 +77,7 @@ def curves_figure(iterations: list[dict]) -> str:
             f"iteration {it['iteration']}: max {it['max'][0]:.3f} at 1, {it['max'][-1]:.3f} at {len(it['max'])}, "
             f"median {it['median'][-1]:.3f}"
         )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="samples per prompt, N", ylabel="mean score R_c over prompts")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return to_svg(fig, "Best and median score over N samples. " + "; ".join(words) + ".")
