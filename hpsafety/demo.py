@@ -168,7 +168,7 @@ def _opening(cfg: DemoConfig) -> None:
         f"  2. two reward models, of safety and of helpfulness, each on at most {cfg.reward_tokens:,} tokens of pairs\n"
         f"  3. rejection sampling: {cfg.k} answers a prompt, {cfg.reject_tokens:,} tokens at most, the best is learnt\n"
         f"{3 * cfg.eval_prompts} held-out questions are asked before, after 1 and after 3.\n"
-        f"Expect 4 to 9 minutes on two cores, under 4 GB of memory.\nOutput: {cfg.out}/\n",
+        f"Expect 4 to 9 minutes on two cores, under 5 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 

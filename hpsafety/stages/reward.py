@@ -19,6 +19,7 @@ from hpsafety.model.reward_io import save_reward_state
 from hpsafety.safety.reward_page import show_table, write_page
 from hpsafety.safety.reward_report import summarise
 from hpsafety.train import distributed, precision, stage
+from hpsafety.train.finetune import longest
 from hpsafety.train.loop import fit
 from hpsafety.train.metrics import Progress, say
 from hpsafety.train.step import evaluate
@@ -76,8 +77,7 @@ def prepare(records, model, cfg) -> tuple[list, list, dict, dict]:
     if not rows:
         raise InputError("no pair is left: in every row chosen and rejected are the same text")
     train_rows, held_rows, counts = hold_out(rows, cfg.seed)
-    context = model.config.max_positions
-    max_length = min(cfg.max_length or context, context)
+    max_length = longest(cfg, model)
     pairs, held = (encode_pairs(model.tokenizer, part, cfg.margin) for part in (train_rows, held_rows))
     found = describe([*train_rows, *held_rows], [*pairs, *held])
     kept, dropped = drop_long(pairs, max_length)

@@ -104,13 +104,20 @@ def test_batch_and_memory_are_execution_details(model_dir, prompts, tmp_path):
     assert (tmp_path / "other.jsonl").read_bytes() != texts[0]
 
 
+def heed_sigint() -> None:
+    """A shell starts background jobs with SIGINT ignored, which children inherit; the command shall hear it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(cfg, ranks: int = 1, **options) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launch = (
         ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
     )
     command = [sys.executable, "-m", *launch, "hpsafety", *words(cfg)]
-    return subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sigint, **options
+    )
 
 
 def wait_for_lines(process, out: Path, lines: int) -> None:

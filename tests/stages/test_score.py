@@ -155,6 +155,7 @@ import sys, json, os, signal
 from hpsafety import cli
 from hpsafety.rollout.scoring import Scorer
 words, kill_at, number = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 real, calls = Scorer.score_part, [0]
 def score_part(self, *args):
     calls[0] += 1
