@@ -153,7 +153,10 @@ def load(path: Path, model, optimizer, world) -> dict:
 
 
 def drop_training_state(folder: Path) -> None:
-    """Removes the optimiser's part of every checkpoint and the best pass's weights: a finished stage has its model."""
+    """Removes the optimiser's part of every checkpoint, the best weights and PPO's rollouts: a finished stage has its
+    model."""
+    for path in folder.glob("experience-*"):
+        path.unlink()
     for step in steps(folder):
         shutil.rmtree(folder / f"step-{step}" / "optimizer", ignore_errors=True)
     shutil.rmtree(folder / "best", ignore_errors=True)
