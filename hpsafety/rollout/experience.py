@@ -138,6 +138,11 @@ def sample(model, requests: Sequence[tuple[int, Prompt]], k: int, settings: Sett
     return [found[index] for index, _ in requests]
 
 
+def check_memory(model, prompt_tokens: int, settings: Settings) -> None:
+    """InputError where the memory for keys and values does not hold one sample of a prompt of so many tokens."""
+    Engine(model, settings).check(prompt_tokens)
+
+
 def judge(
     scorer: Scorer, prompts: Sequence[Prompt], samples: Sequence[list[Rollout]], tokens_per_batch: int
 ) -> list[Judged]:

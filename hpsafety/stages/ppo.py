@@ -74,17 +74,19 @@ def _run(cfg, world) -> None:
     kl_coef = kl_coefficient(cfg, parameters)
     headline = f"ppo: {len(train)} prompts, {cfg.iterations} iterations of {cfg.batch} samples"
     headline += f", {cfg.updates} optimiser steps each; KL coefficient {kl_coef:g}; {why}"
-    stage.begin(
-        out, headline, stage.plain_counts(records.counts) | counts | {"parameters": parameters}, world
-    )
+    actor, sampler, reference = place(policy, critic, cfg, dtype, world)
+    r = Run(cfg, actor, sampler, reference, scorer, train, valid, kl_coef, out, world)
+    longest = max(len(prompt.tokens) for prompt in train + valid)
+    rollouts.check_memory(sampler, longest, sampling(r, cfg.temperature, 0))
+    counts |= stage.plain_counts(records.counts) | {"parameters": parameters, "kl_coef": kl_coef}
+    stage.begin(out, headline, counts, world)
     if world.is_main:
         warn(counts, cfg)
-    actor, sampler, reference = place(policy, critic, cfg, dtype, world)
-    done = iterate(Run(cfg, actor, sampler, reference, scorer, train, valid, kl_coef, out, world))
+    done = iterate(r)
     tensors = stage.whole_weights(actor.policy)
     if world.is_main:
         save_state(policy.config, tensors, policy.tokenizer, policy.generation, out.path / "model")
-    out.finish(counts | done | {"kl_coef": kl_coef, "parameters": parameters})
+    out.finish(counts | done)
     if world.is_main:
         say(f"ppo: wrote {out.path / 'model'}")
     distributed.barrier(world)

@@ -252,6 +252,28 @@ def test_a_degenerate_run_stops_with_its_last_checkpoint(
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_the_start_and_both_judges_stay_as_they_are(model_dir, judges, prompts, tmp_path, monkeypatch):
+    """PPO-9: every byte of the three frozen models in memory is what it was, while policy and critic have moved."""
+    kept, real = [], ppo.iterate
+
+    def digest(module):
+        return [p.detach().numpy().tobytes() for p in module.parameters()]
+
+    def iterate(r):
+        kept.append((r, [digest(m) for m in (r.reference, *r.scorer.trunks, r.actor.policy, r.actor.critic)]))
+        return real(r)
+
+    monkeypatch.setattr(ppo, "iterate", iterate)
+    path = tmp_path / "unheld.jsonl"  # no held-out rows: else the policy may end as the start, as the best there was
+    write_records(path, [{"prompt": f"question {i}?"} for i in range(5)])
+    ppo.run(config(model_dir, judges, str(path), tmp_path / "run"))
+    ((r, before),) = kept
+    assert len(r.scorer.trunks) == 1 and not any(torch.equal(a, b) for a, b in [r.scorer.heads])
+    after = [digest(m) for m in (r.reference, *r.scorer.trunks, r.actor.policy, r.actor.critic)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, False]
+    assert not any(p.requires_grad for m in (r.reference, *r.scorer.trunks) for p in m.parameters())
+
+
 def test_critic_from_a_reward_model(model_dir, judges, prompts, tmp_path):
     ppo.run(config(model_dir, judges, prompts, tmp_path / "own", iterations=1))
     ppo.run(config(
@@ -276,6 +298,7 @@ def test_bad_input(model_dir, judges, prompts, tmp_path):
         ({"kl_coef": -0.1}, "--kl-coef must be a number, 0 or greater, got -0.1"),
         ({"temperature": 0.0}, "--temperature must be a number greater than 0"),
         ({"clip_ratio": 0.0}, "--clip-ratio must be greater than 0"),
+        ({"kv_memory": "4KB"}, "too small for one sequence.*--kv-memory"),
         ({"max_new_tokens": 500}, "exceed the context"),
         ({"helpful_rm": model_dir}, "no reward head"),
         ({"helpful_rm": str(other)}, "differ in their chat template"),
