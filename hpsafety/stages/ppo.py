@@ -33,6 +33,7 @@ from hpsafety.train.rundir import RunDir, model_hashes
 
 log = logging.getLogger("hpsafety")
 
+PHASES = ("rollout", "score", "logprobs", "update")
 SHORTEST = 0.1  # of the first iteration's mean length: below it the policy has stopped answering
 
 
@@ -149,12 +150,12 @@ def iteration(r: Run, index: int, totals: dict, modules, metrics, progress, stop
     """One iteration, or what is left of it; totals are brought up to date and a checkpoint written where it is due."""
     cfg, world = r.cfg, r.world
     experience, minibatches = experience_of(r, index, totals)
-    rewards, advantages, returns = experience.advantages(r.kl_coef)
+    _, advantages, returns = experience.advantages(r.kl_coef)
     if bool((experience.combined == experience.combined[0]).all()) and not totals["said_equal"]:
         totals["said_equal"] = True
         if world.is_main:
             say(
-                f"ppo: all rewards of iteration {index + 1} are equal: they count as 0, only the KL term is left"
+                f"ppo: all rewards of iteration {index + 1} are equal and count as 0: only the KL term is left"
             )
     figures = experience.figures(returns)
     refuse_degenerate(r, index, totals, figures)
@@ -162,14 +163,16 @@ def iteration(r: Run, index: int, totals: dict, modules, metrics, progress, stop
         checkpoint_if_due(totals, True, False, 0, r.out, modules, r.actor, world)
     columns = (experience.old_logprobs, experience.values, advantages, returns)
     rows = TokenRows(*(column.to(world.device) for column in columns))
-    done = totals["step"] % cfg.updates
-    for number in range(done, cfg.updates):
+    healthy = last_good(r, index)  # kept until the samples of its successor have been seen
+    for number in range(totals["step"] % cfg.updates, cfg.updates):
         last = number + 1 == cfg.updates
         stopped = one_step(r, index, number, minibatches[number], rows, experience, totals, stop)
         if last:
             finish_iteration(r, index, totals, experience, figures, metrics, progress)
         ends = last and (totals["over"] or index + 1 == cfg.iterations)
-        checkpoint_if_due(totals, stopped, ends, cfg.checkpoint_every, r.out, modules, r.actor, world)
+        checkpoint_if_due(
+            totals, stopped, ends, cfg.checkpoint_every, r.out, modules, r.actor, world, healthy
+        )
 
 
 def one_step(r: Run, index, number, parts, rows, experience: Experience, totals: dict, stop) -> bool:
@@ -185,7 +188,7 @@ def one_step(r: Run, index, number, parts, rows, experience: Experience, totals:
                 r.actor, parts, rows, tokens, cfg.lr, cfg.temperature, cfg.clip_ratio, r.world, stop
             )
     except FloatingPointError as error:
-        raise RunError(degenerate(r, index, str(error))) from None
+        raise degenerate(r, index, index, str(error)) from None
     sums = totals["sums"]
     for name in MEANS:
         sums[name] = sums.get(name, 0.0) + result[name] / cfg.updates
@@ -197,33 +200,32 @@ def one_step(r: Run, index, number, parts, rows, experience: Experience, totals:
 
 def experience_of(r: Run, index: int, totals: dict) -> tuple[Experience, list[list[Part]]]:
     """The iteration's rollouts, measured, and its packed minibatches: taken over where a file holds them, else made."""
-    cfg, world = r.cfg, r.world
     path = r.out.checkpoints / f"experience-{index}.safetensors"
-    pack = lambda groups: pack_minibatches(  # noqa: E731
-        r.actor.policy, groups, cfg.minibatch // cfg.k, cfg.tokens_per_batch, world
-    )
     found = path.is_file() and r.out.resume_step > 0
-    if distributed.broadcast_object(found, world):
+    if distributed.broadcast_object(found, r.world):
         experience = rollouts.load(path)
         log.info("iteration %d goes on with the samples it had", index + 1)
-        return experience, pack(experience.groups)
-    totals["times"], started = {}, time.perf_counter()
-    draws = drawn(r, index)
-    settings = sampling(r, cfg.temperature, cfg.seed)
-    judged = sample_and_judge(r, draws, cfg.k, settings, totals)
-    experience = rollouts.collect(judged)
+        return experience, packed(r, experience)
+    totals["times"] = {}
+    settings = sampling(r, r.cfg.temperature, r.cfg.seed)
+    experience = rollouts.collect(sample_and_judge(r, drawn(r, index), r.cfg.k, settings, totals))
     with timed(totals, "logprobs"):
-        minibatches = pack(experience.groups)
+        minibatches = packed(r, experience)
         experience = measured(r, experience, minibatches)
-    if world.is_main:
-        keep = {step // cfg.updates for step in checkpoint.steps(r.out.checkpoints)} | {index}
+    if r.world.is_main:
+        keep = {step // r.cfg.updates for step in checkpoint.steps(r.out.checkpoints)}
         for old in r.out.checkpoints.glob("experience-*.safetensors"):
             if int(old.stem.split("-")[1]) not in keep:
                 old.unlink()
         rollouts.save(experience, path)
-    distributed.barrier(world)
-    log.info("iteration %d: %d samples in %.1f s", index + 1, cfg.batch, time.perf_counter() - started)
+    distributed.barrier(r.world)
     return experience, minibatches
+
+
+def packed(r: Run, experience: Experience) -> list[list[Part]]:
+    """This rank's micro-batches of every minibatch."""
+    per_step = r.cfg.minibatch // r.cfg.k
+    return pack_minibatches(r.actor.policy, experience.groups, per_step, r.cfg.tokens_per_batch, r.world)
 
 
 def drawn(r: Run, index: int) -> list[tuple[int, Prompt]]:
@@ -293,7 +295,8 @@ def finish_iteration(r: Run, index, totals, experience: Experience, figures, met
     for rank in range(r.world.size):
         log.info("rank %d: %d groups", rank, len(range(rank, len(experience.groups), r.world.size)))
     if r.world.is_main:
-        times = {f"time_{name}_s": round(s, 4) for name, s in totals["times"].items()}
+        # A resumed iteration counts what this process has done of it.
+        times = {f"time_{name}_s": round(totals["times"].get(name, 0.0), 4) for name in PHASES}
         metrics.write({
             "step": totals["step"], "iteration": index + 1, "lr": cfg.lr, **totals["sums"], **figures, **held,
             "kl_coef": r.kl_coef, "tokens": totals["tokens"], "tokens_equiv": totals["tokens_equiv"],
@@ -327,24 +330,30 @@ def hold_out(r: Run, totals: dict, iterations: int) -> float:
 
 
 def refuse_degenerate(r: Run, index: int, totals: dict, figures: dict) -> None:
-    """RunError where the samples show that training has gone wrong; nothing has been updated since they were made."""
-    for name in ("kl", "reward", "entropy"):
-        if not math.isfinite(figures[name]):
-            raise RunError(degenerate(r, index, f"{name} is {figures[name]}"))
-    if figures["kl"] > r.cfg.kl_stop:
+    """RunError where the samples show that training has gone wrong: the updates before them were the bad ones."""
+    why, first = None, totals["first_length"]
+    broken = [name for name in ("kl", "reward", "entropy") if not math.isfinite(figures[name])]
+    if broken:
+        why = f"{broken[0]} is {figures[broken[0]]}"
+    elif figures["kl"] > r.cfg.kl_stop:
         why = f"the KL to the start is {figures['kl']:.3f} nats per token, over --kl-stop {r.cfg.kl_stop:g}"
-        raise RunError(degenerate(r, index, why))
-    first = totals["first_length"]
-    if first is not None and first >= 1 / SHORTEST and figures["length"] < SHORTEST * first:
+    elif first is not None and first >= 1 / SHORTEST and figures["length"] < SHORTEST * first:
         why = f"answers have collapsed from {first:.1f} to {figures['length']:.1f} tokens"
-        raise RunError(degenerate(r, index, why))
+    if why:
+        raise degenerate(r, index, index - 1, why)
 
 
-def degenerate(r: Run, index: int, why: str) -> str:
-    steps = checkpoint.steps(r.out.checkpoints)
+def last_good(r: Run, index: int) -> int | None:
+    """The newest checkpoint not younger than the policy that sampled iteration `index`, if there is one."""
+    return max((s for s in checkpoint.steps(r.out.checkpoints) if s <= index * r.cfg.updates), default=None)
+
+
+def degenerate(r: Run, index: int, healthy: int, why: str) -> RunError:
+    """healthy: the last iteration whose samples were as they should be"""
+    step = last_good(r, healthy)
     left = (
-        f"the last good checkpoint is {r.out.checkpoints / f'step-{steps[-1]}'}"
-        if steps
-        else "there is no checkpoint"
+        "no checkpoint is older than that"
+        if step is None
+        else f"the last good one is {r.out.checkpoints}/step-{step}"
     )
-    return f"iteration {index + 1}: {why}; {left}. Lower --lr or raise --kl-coef"
+    return RunError(f"iteration {index + 1}: {why}; {left}. Lower --lr or raise --kl-coef")
