@@ -52,6 +52,11 @@ COMMANDS = {
         "RejectConfig",
         "hpsafety.stages.reject:run",
     ),
+    "ppo": (
+        "PPO with both reward models: sample, score, penalise the KL to the start, update",
+        "PPOConfig",
+        "hpsafety.stages.ppo:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

@@ -5,6 +5,7 @@ Importing this file imports no torch. A value that does not fit raises InputErro
 """
 
 import dataclasses
+import importlib
 import math
 import re
 from typing import Literal
@@ -12,6 +13,13 @@ from typing import Literal
 from hpsafety.errors import InputError
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+def __getattr__(name: str):
+    """Configs that have a file of their own."""
+    if name == "PPOConfig":
+        return importlib.import_module("hpsafety.config_ppo").PPOConfig
+    raise AttributeError(name)
 
 
 def option(help: str, default=dataclasses.MISSING, positional: str | None = None):
@@ -73,13 +81,9 @@ class TrainConfig:
     beta1: float = option("AdamW: decay of the first moment per step", 0.9)
     beta2: float = option("AdamW: decay of the second moment per step", 0.95)
     eps: float = option("AdamW: added to the root of the second moment", 1e-5)
-    checkpoint_every: int = option(
-        "optimiser steps between checkpoints; 0: only at the end or when interrupted", 50
-    )
+    checkpoint_every: int = option("optimiser steps between checkpoints; 0: only when interrupted", 50)
     resume: bool = option("go on from the checkpoint that OUT holds", True)
-    recompute: bool = option(
-        "recompute each block's activations in backward: less memory, a third more work", False
-    )
+    recompute: bool = option("recompute blocks in backward: less memory, a third more work", False)
 
     def __post_init__(self):
         require(self, "model", bool(self.model), "a directory, a file or a name")

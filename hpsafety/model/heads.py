@@ -1,6 +1,6 @@
-"""Models that end in one number instead of a token: the reward model.
+"""Models that end in one number instead of a token: the reward model, and PPO's critic.
 
-Legend: T tokens, D width, R responses.
+Legend: T tokens, D width, N predicted tokens, R responses.
 """
 
 import dataclasses
@@ -40,6 +40,35 @@ def reward_model_from(chat: Llama, seed: int = 0) -> RewardModel:
     state["score"] = nn.Parameter(score.to(chat.embed.device, chat.embed.dtype))
     model.load_state_dict(state, assign=True)
     return model
+
+
+class ValueModel(Trunk):
+    """The decoder with a value head: what PPO's critic expects of every state, that is before each response token.
+
+    config  the model's it is made from, with tied=True: there is no token head
+    """
+
+    def __init__(self, config, tokenizer=None, generation: dict | None = None):
+        super().__init__(dataclasses.replace(config, tied=True), tokenizer, generation)
+        self.value = nn.Parameter(torch.empty(1, config.width))
+
+    def values(self, batch) -> torch.Tensor:
+        """(N,) fp32: the value of the state that predicts response token n; the first ones of a group are one state."""
+        hidden_ND = self(batch, batch.predict_rows)
+        return (hidden_ND.float() * self.value.float()).sum(1)
+
+
+def value_model_from(model: Llama | RewardModel) -> ValueModel:
+    """A critic on a copy of the model's weights. The head starts as a reward model's score, else as zeros: whitened
+    rewards have mean 0, and a random head would only add noise to the first advantages."""
+    with torch.device("meta"):
+        critic = ValueModel(model.config, model.tokenizer, model.generation)
+    state = {n: p.detach().clone() for n, p in model.named_parameters() if n not in ("head", "score")}
+    head = model.score if isinstance(model, RewardModel) else torch.zeros_like(model.embed[:1])
+    critic.load_state_dict(
+        {n: nn.Parameter(p) for n, p in (state | {"value": head.detach().clone()}).items()}, assign=True
+    )
+    return critic
 
 
 def same_trunk(a: Trunk, b: Trunk) -> bool:

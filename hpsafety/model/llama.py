@@ -124,10 +124,13 @@ class Llama(Trunk):
         """(V, D): the embedding where the head is tied."""
         return self.embed if self.head is None else self.head
 
-    def logprobs(self, batch, temperature: float = 1.0) -> torch.Tensor:
-        """(N,) fp32: log p(response token n | its prompt and the response so far), in the batch's order."""
+    def logprobs(self, batch, temperature: float = 1.0, entropy: bool = False):
+        """(N,) fp32: log p(response token n | its prompt and the response so far), in the batch's order.
+
+        entropy  True returns (logprobs, entropy of each token's distribution in nats)
+        """
         rows = self(batch, batch.predict_rows)
-        return ops.linear_logprob(rows, self.head_weight, batch.targets, temperature)
+        return ops.linear_logprob(rows, self.head_weight, batch.targets, temperature, entropy)
 
     def nll(self, batch, num_tokens) -> torch.Tensor:
         """-sum of the trained tokens' logprobs / num_tokens, a scalar; rows that are not trained never reach the head.

@@ -1,8 +1,9 @@
 """The command `hpsafety profile <stage> [flags of the stage]`.
 
 The stage runs as it is: its own `run` on its own config, of which only these fields are replaced: `out` (a scratch
-folder inside OUT that is removed), `steps` (one more than are wanted), `checkpoint_every` (0) and `resume` (off). It is
-left after the last recorded step (hpsafety.train.phases.Enough), so that it neither validates nor writes a model.
+folder inside OUT that is removed), `steps` or `iterations` (one more than are wanted), `checkpoint_every` (0) and
+`resume` (off). It is left after the last recorded step (hpsafety.train.phases.Enough), so that it neither validates nor
+writes a model.
 """
 
 import dataclasses
@@ -87,7 +88,7 @@ def run(stage: str, settings: ProfileConfig, cfg, call: Callable) -> None:
             old.unlink()
     wanted = {
         "out": str(out / SCRATCH), "checkpoint_every": 0, "resume": False,
-        "steps": settings.profile_warmup + settings.profile_steps + 1,
+        **dict.fromkeys(("steps", "iterations"), settings.profile_warmup + settings.profile_steps + 1),
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(cfg)}
     limited = dataclasses.replace(cfg, **{k: v for k, v in wanted.items() if k in fields})

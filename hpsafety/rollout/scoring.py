@@ -178,6 +178,6 @@ def check_encoding(a: RewardModel, b: RewardModel, names) -> None:
     ):
         if x != y:
             raise InputError(
-                f"{names[0]} and {names[1]} differ in their {what}; both reward models must come from chat models "
-                "with one tokenizer"
+                f"{names[0]} and {names[1]} differ in their {what}; they must come from chat models with one "
+                "tokenizer"
             )

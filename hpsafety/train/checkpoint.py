@@ -75,8 +75,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for m in found if m and (folder / m[0] / "trainer.json").is_file())
 
 
-def save(folder: Path, step: int, model, optimizer, trainer: dict, world) -> Path:
-    """Writes folder/step-N (a collective call) and removes all but the last two. OSError passes through.
+def save(folder: Path, step: int, model, optimizer, trainer: dict, world, spared: int | None = None) -> Path:
+    """Writes folder/step-N (a collective call) and removes all but the last two and `spared`. OSError passes through.
 
     trainer  small JSON data: counters that the next step needs; torch's random state is added
     """
@@ -96,7 +96,7 @@ def save(folder: Path, step: int, model, optimizer, trainer: dict, world) -> Pat
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             fsync_dir(folder)
-            for old in steps(folder)[:-KEEP]:
+            for old in set(steps(folder)[:-KEEP]) - {spared}:
                 shutil.rmtree(folder / f"step-{old}")
     except BaseException:
         if world.is_main:
@@ -153,7 +153,10 @@ def load(path: Path, model, optimizer, world) -> dict:
 
 
 def drop_training_state(folder: Path) -> None:
-    """Removes the optimiser's part of every checkpoint and the best pass's weights: a finished stage has its model."""
+    """Removes the optimiser's part of every checkpoint, the best weights and PPO's rollouts: a finished stage has its
+    model."""
+    for path in folder.glob("experience-*"):
+        path.unlink()
     for step in steps(folder):
         shutil.rmtree(folder / f"step-{step}" / "optimizer", ignore_errors=True)
     shutil.rmtree(folder / "best", ignore_errors=True)

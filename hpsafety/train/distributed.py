@@ -13,7 +13,7 @@ from torch import nn
 
 from hpsafety.train import phases
 
-ENTRY_POINTS = ("logprobs", "nll", "rewards")  # methods beside forward that use parameters
+ENTRY_POINTS = ("logprobs", "nll", "rewards", "values")  # methods beside forward that use parameters
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,30 @@ def all_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
         with phases.phase("communication"):
             dist.all_reduce(tensor)
     return tensor
+
+
+def all_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """The largest over ranks, element by element, on every rank."""
+    if world.size > 1:
+        with phases.phase("communication"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def all_objects(value, world: World) -> list:
+    """Every rank's value, in the order of ranks, on every rank: plain data of ours only."""
+    if world.size == 1:
+        return [value]
+    values = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def copy_whole(source: nn.Module, target: nn.Module) -> None:
+    """Fills target, a whole model, with source's parameters, gathered from the ranks (a collective call)."""
+    with torch.no_grad():
+        for p, q in zip(source.parameters(), target.parameters(), strict=True):
+            q.copy_(full(p.detach()))
 
 
 def barrier(world: World) -> None:

@@ -117,7 +117,8 @@ def fit(
                 )
                 with phases.phase("metrics"):
                     totals = _after_step(totals | measured, result, lr, seconds, metrics, progress, world)
-                _checkpoint(totals, result.stop, last, settings, run, model, optimizer, world)
+                every, ends = settings.checkpoint_every, last or totals["over"]
+                checkpoint_if_due(totals, result.stop, ends, every, run, model, optimizer, world)
     finally:
         if world.is_main:
             metrics.close()
@@ -141,12 +142,14 @@ def _validate(model, valid, loss, count, settings, totals, run, world) -> dict:
     return {"valid_loss": value, "best": value}
 
 
-def _checkpoint(totals, stop, last, settings, run, model, optimizer, world) -> None:
-    """Saves where it is due; raises Interrupted after a signal."""
-    step, every = totals["step"], settings.checkpoint_every
-    ends = last or totals["over"]
+def checkpoint_if_due(totals, stop, ends, every, run, model, optimizer, world, spared=None) -> None:
+    """Saves every `every` steps (0: never), where the run ends, and on stop; raises Interrupted after a stop.
+
+    spared  the step of a checkpoint to keep beside the last two
+    """
+    step = totals["step"]
     if stop or (every and (step % every == 0 or ends)):
-        checkpoint.save(run.checkpoints, step, model, optimizer, totals, world)
+        checkpoint.save(run.checkpoints, step, model, optimizer, totals, world, spared)
     if stop and not ends:
         log.info("stopped at step %d after a signal; the same command goes on from there", step)
         raise Interrupted(f"stopped at step {step}; the same command goes on from there")

@@ -153,16 +153,17 @@ class RunDir:
         self.checkpoints.mkdir(exist_ok=True)
 
     def finish(self, counts: dict) -> None:
-        """Writes output hashes, counts and the end time, and drops what only training needs."""
+        """Writes output hashes, counts and the end time, and then drops what only training needs: killed in between,
+        the run is complete, with some files too many."""
         if not self.world.is_main:
             return
-        checkpoint.drop_training_state(self.checkpoints)
         self.manifest |= {
             "output_hashes": tree_hashes(self.path / "model"),
             "counts": counts,
             "ended": now(),
         }
         self._write()
+        checkpoint.drop_training_state(self.checkpoints)
 
     def _write(self) -> None:
         with atomic_write(self.path / "manifest.json") as handle:

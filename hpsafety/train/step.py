@@ -23,7 +23,7 @@ class StepResult:
     stop: bool
 
 
-def _assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
+def assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
     """Groups of each rank, balanced by predicted FLOPs. Every rank computes the same answer."""
     if world.size == 1:
         return [groups]
@@ -31,7 +31,7 @@ def _assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
     return [[groups[i] for i in part] for part in balance(costs, world.size)]
 
 
-def _local_batches(parts: list[list[PromptGroup]], tokens_per_batch: int, world) -> Iterator[Batch]:
+def local_batches(parts: list[list[PromptGroup]], tokens_per_batch: int, world) -> Iterator[Batch]:
     """This rank's micro-batches; empty ones at the end where another rank has more, since sharded parameters are
     gathered by all ranks together."""
     with phases.phase("data"):
@@ -50,9 +50,9 @@ def evaluate(
 ) -> float:
     """The loss of `groups` under one global denominator, without gradients; the same on every rank."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    parts = _assign(model, groups, world)
+    parts = assign(model, groups, world)
     phases.work(model, parts[world.rank], 1)
-    for batch in _local_batches(parts, tokens_per_batch, world):
+    for batch in local_batches(parts, tokens_per_batch, world):
         with phases.phase("validation"):
             total += loss(model, batch, denominator)
     return float(distributed.all_sum(total, world))
@@ -70,13 +70,13 @@ def train_step(
     The micro-batch split and the number of ranks change the result by rounding only.
     """
     with phases.phase("data"):
-        parts = _assign(model, groups, world)
+        parts = assign(model, groups, world)
     phases.work(model, parts[world.rank], passes(model))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = tokens_equiv = 0
     with phases.phase("optimiser"):
         optimizer.zero_grad()
-    for batch in _local_batches(parts, tokens_per_batch, world):
+    for batch in local_batches(parts, tokens_per_batch, world):
         with phases.phase("forward"):
             value = loss(model, batch, denominator)
         with phases.phase("backward"):

@@ -69,6 +69,6 @@ def test_counts():
 def test_every_rank_computes_the_same_assignment():
     model, groups = tiny_model(), random_groups(13, k=2)
     worlds = [World(r, 4, torch.device("cpu")) for r in range(4)]
-    answers = [step_module._assign(model, groups, w) for w in worlds]
+    answers = [step_module.assign(model, groups, w) for w in worlds]
     assert all(a == answers[0] for a in answers)
     assert sorted(map(id, (g for part in answers[0] for g in part))) == sorted(map(id, groups))

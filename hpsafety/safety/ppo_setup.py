@@ -1,0 +1,84 @@
+"""What PPO needs before its first iteration: five models that go together, prompts that fit, the KL coefficient."""
+
+import torch
+
+from hpsafety.data.chat import encode_prompt
+from hpsafety.errors import InputError
+from hpsafety.model.heads import value_model_from
+from hpsafety.model.io import load_model
+from hpsafety.model.reward_io import load_reward_model
+from hpsafety.rollout.experience import Prompt
+from hpsafety.rollout.scoring import Scorer, check_encoding
+from hpsafety.train import distributed
+from hpsafety.train.optim import AdamW
+from hpsafety.train.ppo_step import ActorCritic
+
+LARGE = 20e9  # parameters: the paper's coefficient changes between its 13B and its 34B models (PPO-8)
+
+
+def load_models(cfg, dtype: torch.dtype, world):
+    """(policy, critic, scorer): fp32 masters on the CPU, and both reward models, frozen, on the device.
+
+    Raises InputError for models that do not encode text alike: what the policy samples is scored as it is.
+    """
+    names = (f"--safety-rm {cfg.safety_rm}", f"--helpful-rm {cfg.helpful_rm}")
+    judges = [load_reward_model(path, dtype, world.device) for path in (cfg.safety_rm, cfg.helpful_rm)]
+    scorer = Scorer(*(judge.requires_grad_(False) for judge in judges), names)
+    policy = load_model(cfg.model)
+    check_encoding(policy, scorer.safety, (f"--model {cfg.model}", names[0]))
+    source = policy
+    if cfg.critic_from:
+        source = load_reward_model(cfg.critic_from)
+        check_encoding(policy, source, (f"--model {cfg.model}", f"--critic-from {cfg.critic_from}"))
+    return policy, value_model_from(source), scorer
+
+
+def place(policy, critic, cfg, dtype: torch.dtype, world):
+    """(actor, sampler, reference) on the device, sharded over the ranks. The reference is never trained or saved
+    (PPO-9)."""
+    reference = load_model(cfg.model, torch.float32 if world.size > 1 else dtype, world.device)
+    reference = distributed.shard(reference.requires_grad_(False), world, dtype)
+    sampler = load_model(cfg.model, dtype, world.device).requires_grad_(False) if world.size > 1 else None
+    optimizers = []
+    for model in (policy, critic):
+        distributed.shard(model.to(world.device), world, dtype)
+        model.recompute = cfg.recompute
+        betas = (cfg.beta1, cfg.beta2)
+        optimizers.append(AdamW(model, dtype, betas, cfg.eps, cfg.weight_decay, cfg.clip))
+    return ActorCritic(policy, critic, *optimizers), sampler or policy, reference
+
+
+def encode_prompts(rows: list[dict], policy, scorer: Scorer, cfg) -> tuple[list[Prompt], list[Prompt], dict]:
+    """(prompts to sample from, held-out prompts, counts). Rows of other held-out splits are left out.
+
+    Raises InputError for a prompt that leaves no room for an answer, and where none is left.
+    """
+    # A reward model reads one token more than was sampled where the answer was cut.
+    room = min(policy.config.max_positions, scorer.context - 1) - cfg.max_new_tokens
+    train, valid, others, untagged = [], [], 0, 0
+    for row in rows:
+        split = row.get("split")
+        if split not in (None, "train", "rt_train", "valid"):
+            others += 1
+            continue
+        tokens = encode_prompt(policy.tokenizer, row["prompt"])
+        if len(tokens) > room:
+            raise InputError(
+                f"prompt {row.get('id', row['prompt'])!r} has {len(tokens)} tokens, which with {cfg.max_new_tokens} "
+                f"new ones exceed the context; shorten it to {room} or lower --max-new-tokens"
+            )
+        tag = row.get("is_safety")
+        untagged += tag is None
+        prompt = Prompt(tokens, cfg.all_safety if tag is None else tag)
+        (valid if split == "valid" else train).append(prompt)
+    if not train:
+        raise InputError("no prompt is left to train on: every row is held out by its split")
+    counts = {"prompts": len(train), "valid_prompts": len(valid), "other_splits": others}
+    return train, valid, counts | {"without_is_safety": untagged}
+
+
+def kl_coefficient(cfg, parameters: int) -> float:
+    """--kl-coef, or the paper's for the model's size (PPO-8)."""
+    if cfg.kl_coef is not None:
+        return cfg.kl_coef
+    return 0.005 if parameters > LARGE else 0.01

@@ -1,0 +1,359 @@
+"""PPO with a safety and a helpfulness reward model (spec section 5, PPO-1..11).
+
+One iteration: sample from the live policy; score by both reward models (R_c, whitened over the whole batch); pack the
+minibatches once and take old and reference logprobs and values on them; one optimiser step per minibatch. What an
+iteration sampled and measured is kept in checkpoints/experience-I.safetensors, so that a run goes on in its middle.
+
+Steps count optimiser steps, as in the other stages: iteration I of `updates` minibatches ends at step I * updates.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from contextlib import contextmanager
+
+import torch
+
+from hpsafety.config import memory_bytes
+from hpsafety.data.batches import epoch_order
+from hpsafety.data.sources import load_rows
+from hpsafety.errors import RunError
+from hpsafety.model.io import save_state
+from hpsafety.rollout import experience as rollouts
+from hpsafety.rollout.experience import Experience, Prompt
+from hpsafety.rollout.sampler import Settings, stop_ids
+from hpsafety.rollout.scoring import Scorer
+from hpsafety.safety.ppo_setup import encode_prompts, kl_coefficient, load_models, place
+from hpsafety.train import checkpoint, distributed, phases, precision, stage
+from hpsafety.train.loop import checkpoint_if_due, stop_signals
+from hpsafety.train.metrics import Metrics, Progress, peak_rss_mb, say
+from hpsafety.train.ppo_step import MEANS, ActorCritic, Part, TokenRows, measure, pack_minibatches, update
+from hpsafety.train.rundir import RunDir, model_hashes
+
+log = logging.getLogger("hpsafety")
+
+PHASES = ("rollout", "score", "logprobs", "update")
+SHORTEST = 0.1  # of the first iteration's mean length: below it the policy has stopped answering
+
+
+@dataclasses.dataclass(slots=True)
+class Run:
+    """What the iterations share. sampler: the policy itself, or under ranks a whole copy of it, refreshed each time."""
+
+    cfg: object
+    actor: ActorCritic
+    sampler: torch.nn.Module
+    reference: torch.nn.Module
+    scorer: Scorer
+    train: list[Prompt]
+    valid: list[Prompt]
+    kl_coef: float
+    out: RunDir
+    world: distributed.World
+
+
+def run(cfg) -> None:
+    """hpsafety ppo: see PPOConfig. Writes the run directory of design.md section 8 to cfg.out."""
+    with stage.ranks(cfg.device) as world:
+        _run(cfg, world)
+
+
+def _run(cfg, world) -> None:
+    records = load_rows(cfg.data, "prompt")
+    named = {"model": cfg.model, "safety_rm": cfg.safety_rm, "helpful_rm": cfg.helpful_rm}
+    named |= {"critic_from": cfg.critic_from} if cfg.critic_from else {}
+    hashes = {k: v for name, path in named.items() for k, v in model_hashes(name, path).items()}
+    out = stage.run_directory(cfg, "ppo", cfg.data, world, hashes)
+    if out is None:
+        return
+    dtype, why = precision.choose(cfg.precision, world.device)
+    torch.manual_seed(cfg.seed)
+    policy, critic, scorer = load_models(cfg, dtype, world)
+    train, valid, counts = encode_prompts(list(records), policy, scorer, cfg)
+    parameters = sum(p.numel() for p in policy.parameters())
+    kl_coef = kl_coefficient(cfg, parameters)
+    headline = f"ppo: {len(train)} prompts, {cfg.iterations} iterations of {cfg.batch} samples"
+    headline += f", {cfg.updates} optimiser steps each; KL coefficient {kl_coef:g}; {why}"
+    actor, sampler, reference = place(policy, critic, cfg, dtype, world)
+    r = Run(cfg, actor, sampler, reference, scorer, train, valid, kl_coef, out, world)
+    longest = max(len(prompt.tokens) for prompt in train + valid)
+    rollouts.check_memory(sampler, longest, sampling(r, cfg.temperature, 0))
+    counts |= stage.plain_counts(records.counts) | {"parameters": parameters, "kl_coef": kl_coef}
+    stage.begin(out, headline, counts, world)
+    if world.is_main:
+        warn(counts, cfg)
+    done = iterate(r)
+    tensors = stage.whole_weights(actor.policy)
+    if world.is_main:
+        save_state(policy.config, tensors, policy.tokenizer, policy.generation, out.path / "model")
+    out.finish(counts | done)
+    if world.is_main:
+        say(f"ppo: wrote {out.path / 'model'}")
+    distributed.barrier(world)
+
+
+def warn(counts: dict, cfg) -> None:
+    """Says what was assumed for want of data."""
+    if counts["without_is_safety"]:
+        taken = "safety" if cfg.all_safety else "helpfulness"
+        say(f"ppo: {counts['without_is_safety']} prompts without is_safety are taken as {taken} prompts")
+    if not counts["valid_prompts"]:
+        say("ppo: no rows with split valid, so early stopping is off and the last model is kept")
+
+
+# ---- the iterations ----
+
+
+def iterate(r: Run) -> dict:
+    """All iterations from where the run stands; counts for the manifest. The policy ends with its best held-out
+    reward's weights where there are held-out prompts."""
+    cfg, out, world = r.cfg, r.out, r.world
+    totals = {
+        "step": 0, "tokens": 0, "tokens_equiv": 0, "elapsed_s": 0.0, "sums": {}, "times": {}, "first_length": None,
+        "best": None, "worse": 0, "over": False, "said_equal": False,
+    }  # fmt: skip
+    modules = r.actor.modules()
+    if out.resume_step:
+        totals |= checkpoint.load(out.checkpoints / f"step-{out.resume_step}", modules, r.actor, world)
+        log.info("resumed from step %d", out.resume_step)
+    elif r.valid:
+        hold_out(r, totals, 0)
+    metrics = Metrics(out.path, out.resume_step) if world.is_main else None
+    progress = Progress("ppo", cfg.iterations, totals["step"] // cfg.updates) if world.is_main else None
+    try:
+        with stop_signals() as caught:
+            for index in phases.steps(range(totals["step"] // cfg.updates, cfg.iterations)):
+                if totals["over"]:
+                    break
+                iteration(r, index, totals, modules, metrics, progress, lambda: bool(caught))
+    finally:
+        if world.is_main:
+            metrics.close()
+            progress.close()
+    if totals["best"] is not None:
+        checkpoint.load_best(out.checkpoints, r.actor.policy, world)
+    names = ("tokens", "tokens_equiv")
+    return {"steps": totals["step"], "best_valid_reward": totals["best"]} | {n: totals[n] for n in names}
+
+
+@contextmanager
+def timed(totals: dict, name: str):
+    """Marks a phase for the profiler and adds its seconds to this iteration's times."""
+    started = time.perf_counter()
+    with phases.phase(name):
+        yield
+    totals["times"][name] = totals["times"].get(name, 0.0) + time.perf_counter() - started
+
+
+def iteration(r: Run, index: int, totals: dict, modules, metrics, progress, stop) -> None:
+    """One iteration, or what is left of it; totals are brought up to date and a checkpoint written where it is due."""
+    cfg, world = r.cfg, r.world
+    experience, minibatches = experience_of(r, index, totals)
+    _, advantages, returns = experience.advantages(r.kl_coef)
+    if bool((experience.combined == experience.combined[0]).all()) and not totals["said_equal"]:
+        totals["said_equal"] = True
+        if world.is_main:
+            say(
+                f"ppo: all rewards of iteration {index + 1} are equal and count as 0: only the KL term is left"
+            )
+    figures = experience.figures(returns)
+    refuse_degenerate(r, index, totals, figures)
+    if distributed.all_sum(torch.tensor(float(stop()), device=world.device), world) and totals["step"]:
+        checkpoint_if_due(totals, True, False, 0, r.out, modules, r.actor, world)
+    columns = (experience.old_logprobs, experience.values, advantages, returns)
+    rows = TokenRows(*(column.to(world.device) for column in columns))
+    healthy = last_good(r, index)  # kept until the samples of its successor have been seen
+    for number in range(totals["step"] % cfg.updates, cfg.updates):
+        last = number + 1 == cfg.updates
+        stopped = one_step(r, index, number, minibatches[number], rows, experience, totals, stop)
+        if last:
+            finish_iteration(r, index, totals, experience, figures, metrics, progress)
+        ends = last and (totals["over"] or index + 1 == cfg.iterations)
+        checkpoint_if_due(
+            totals, stopped, ends, cfg.checkpoint_every, r.out, modules, r.actor, world, healthy
+        )
+
+
+def one_step(r: Run, index, number, parts, rows, experience: Experience, totals: dict, stop) -> bool:
+    """One minibatch's update, added to the totals; whether the run has been told to stop."""
+    cfg = r.cfg
+    per_step = cfg.minibatch // cfg.k
+    chosen = experience.groups[number * per_step : (number + 1) * per_step]
+    tokens = sum(len(response) for group in chosen for response in group.responses)
+    phases.work(r.actor.policy, [group for part in parts for group in part.batch.groups], 6)
+    try:
+        with timed(totals, "update"):
+            result = update(
+                r.actor, parts, rows, tokens, cfg.lr, cfg.temperature, cfg.clip_ratio, r.world, stop
+            )
+    except FloatingPointError as error:
+        raise degenerate(r, index, index, str(error)) from None
+    sums = totals["sums"]
+    for name in MEANS:
+        sums[name] = sums.get(name, 0.0) + result[name] / cfg.updates
+    sums["ratio_max"] = max(sums.get("ratio_max", 0.0), result["ratio_max"])
+    sums.setdefault("ratio_max_first", result["ratio_max"])
+    totals["step"] += 1
+    return result["stop"]
+
+
+def experience_of(r: Run, index: int, totals: dict) -> tuple[Experience, list[list[Part]]]:
+    """The iteration's rollouts, measured, and its packed minibatches: taken over where a file holds them, else made."""
+    path = r.out.checkpoints / f"experience-{index}.safetensors"
+    found = path.is_file() and r.out.resume_step > 0
+    if distributed.broadcast_object(found, r.world):
+        experience = rollouts.load(path)
+        log.info("iteration %d goes on with the samples it had", index + 1)
+        return experience, packed(r, experience)
+    totals["times"] = {}
+    settings = sampling(r, r.cfg.temperature, r.cfg.seed)
+    experience = rollouts.collect(sample_and_judge(r, drawn(r, index), r.cfg.k, settings, totals))
+    with timed(totals, "logprobs"):
+        minibatches = packed(r, experience)
+        experience = measured(r, experience, minibatches)
+    if r.world.is_main:
+        keep = {step // r.cfg.updates for step in checkpoint.steps(r.out.checkpoints)}
+        for old in r.out.checkpoints.glob("experience-*.safetensors"):
+            if int(old.stem.split("-")[1]) not in keep:
+                old.unlink()
+        rollouts.save(experience, path)
+    distributed.barrier(r.world)
+    return experience, minibatches
+
+
+def packed(r: Run, experience: Experience) -> list[list[Part]]:
+    """This rank's micro-batches of every minibatch."""
+    per_step = r.cfg.minibatch // r.cfg.k
+    return pack_minibatches(r.actor.policy, experience.groups, per_step, r.cfg.tokens_per_batch, r.world)
+
+
+def drawn(r: Run, index: int) -> list[tuple[int, Prompt]]:
+    """(number of the draw over the whole run, prompt) of each of the iteration's groups: one seeded order after the
+    other, whatever the ranks."""
+    count, size = r.cfg.batch // r.cfg.k, len(r.train)
+    numbers = range(index * count, (index + 1) * count)
+    orders = {p: epoch_order(size, p, r.cfg.seed) for p in {n // size for n in numbers}}
+    return [(n, r.train[orders[n // size][n % size]]) for n in numbers]
+
+
+def sampling(r: Run, temperature: float, seed: int) -> Settings:
+    memory = None if r.cfg.kv_memory is None else memory_bytes(r.cfg.kv_memory)
+    return Settings(
+        max_new_tokens=r.cfg.max_new_tokens, temperature=temperature, seed=seed, stop=stop_ids(r.actor.policy),
+        max_batch=r.cfg.max_batch, kv_memory=memory,
+    )  # fmt: skip
+
+
+def sample_and_judge(r: Run, draws, k: int, settings: Settings, totals: dict) -> list[rollouts.Judged]:
+    """Every draw's samples with their scores, in order, on every rank; the ranks share the work draw by draw."""
+    world = r.world
+    mine = draws[world.rank :: world.size]
+    with timed(totals, "rollout"):
+        if r.sampler is not r.actor.policy:
+            distributed.copy_whole(r.actor.policy, r.sampler)
+        samples = rollouts.sample(r.sampler, mine, k, settings)
+    with timed(totals, "score"):
+        judged = rollouts.judge(r.scorer, [p for _, p in mine], samples, r.cfg.tokens_per_batch)
+        parts = distributed.all_objects(judged, world)
+    return [parts[i % world.size][i // world.size] for i in range(len(draws))]
+
+
+def measured(r: Run, experience: Experience, minibatches) -> Experience:
+    """The experience with old and reference logprobs, entropy and values: one packed pass of each model."""
+    cfg, world = r.cfg, r.world
+    mine = [group for parts in minibatches for part in parts for group in part.batch.groups]
+    phases.work(r.actor.policy, mine, 3)
+    size = int(experience.lengths.sum())
+
+    def taken(call, columns: int = 1):
+        return measure(minibatches, call, columns, size, world)
+
+    old, entropy = taken(lambda batch: r.actor.policy.logprobs(batch, cfg.temperature, True), 2)
+    (reference,) = taken(lambda batch: (r.reference.logprobs(batch, cfg.temperature),))
+    (values,) = taken(lambda batch: (r.actor.critic.values(batch),))
+    return experience.measured(old, entropy, reference, values)
+
+
+# ---- the end of an iteration, and of a run that has gone wrong ----
+
+
+def finish_iteration(r: Run, index, totals, experience: Experience, figures, metrics, progress) -> None:
+    """Counters, the held-out reward where it is due, and the iteration's line of metrics."""
+    cfg = r.cfg
+    responses = int(experience.lengths.sum())
+    equiv = responses + sum(len(group.prompt) * len(group.responses) for group in experience.groups)
+    totals["tokens"] += responses + sum(len(group.prompt) for group in experience.groups)
+    totals["tokens_equiv"] += equiv
+    seconds = sum(totals["times"].values())
+    totals["elapsed_s"] += seconds
+    if totals["first_length"] is None:
+        totals["first_length"] = figures["length"]
+    held = {}
+    if r.valid and ((index + 1) % cfg.eval_every == 0 or index + 1 == cfg.iterations):
+        held = {"valid_reward": hold_out(r, totals, index + 1)}
+    for rank in range(r.world.size):
+        log.info("rank %d: %d groups", rank, len(range(rank, len(experience.groups), r.world.size)))
+    if r.world.is_main:
+        # A resumed iteration counts what this process has done of it.
+        times = {f"time_{name}_s": round(totals["times"].get(name, 0.0), 4) for name in PHASES}
+        metrics.write({
+            "step": totals["step"], "iteration": index + 1, "lr": cfg.lr, **totals["sums"], **figures, **held,
+            "kl_coef": r.kl_coef, "tokens": totals["tokens"], "tokens_equiv": totals["tokens_equiv"],
+            "tokens_per_s": round(equiv / max(seconds, 1e-9), 3), "elapsed_s": round(totals["elapsed_s"], 3),
+            "peak_rss_mb": peak_rss_mb(), **times,
+        })  # fmt: skip
+        note = f"reward {figures['reward']:.4f}  kl {figures['kl']:.4f}  length {figures['length']:.1f}"
+        progress.update(index + 1, f"{note}  {equiv / max(seconds, 1e-9):.0f} tokens/s")
+    totals["sums"], totals["times"] = {}, {}
+
+
+def hold_out(r: Run, totals: dict, iterations: int) -> float:
+    """Mean R_c in (0, 1) of greedy answers to the held-out prompts; keeps the best policy's weights, and ends the run
+    after --patience such rewards without a new best (PPO-10)."""
+    judged = sample_and_judge(r, list(enumerate(r.valid)), 1, sampling(r, 0.0, 0), {"times": {}})
+    value = float(rollouts.collect(judged).combined.double().sigmoid().mean())
+    better = totals["best"] is None or value > totals["best"]
+    if better:
+        totals["best"], totals["worse"] = value, 0
+        checkpoint.save_best(r.out.checkpoints, r.actor.policy, r.world)
+    else:
+        totals["worse"] += 1
+        totals["over"] = totals["worse"] >= r.cfg.patience
+    if r.world.is_main:
+        log.info("held-out reward after %d iterations: %.4f (best %.4f)", iterations, value, totals["best"])
+        if totals["over"]:
+            say(
+                f"ppo: stopping early: {r.cfg.patience} held-out rewards in a row are not above {totals['best']:.4f}"
+            )
+    return value
+
+
+def refuse_degenerate(r: Run, index: int, totals: dict, figures: dict) -> None:
+    """RunError where the samples show that training has gone wrong: the updates before them were the bad ones."""
+    why, first = None, totals["first_length"]
+    broken = [name for name in ("kl", "reward", "entropy") if not math.isfinite(figures[name])]
+    if broken:
+        why = f"{broken[0]} is {figures[broken[0]]}"
+    elif figures["kl"] > r.cfg.kl_stop:
+        why = f"the KL to the start is {figures['kl']:.3f} nats per token, over --kl-stop {r.cfg.kl_stop:g}"
+    elif first is not None and first >= 1 / SHORTEST and figures["length"] < SHORTEST * first:
+        why = f"answers have collapsed from {first:.1f} to {figures['length']:.1f} tokens"
+    if why:
+        raise degenerate(r, index, index - 1, why)
+
+
+def last_good(r: Run, index: int) -> int | None:
+    """The newest checkpoint not younger than the policy that sampled iteration `index`, if there is one."""
+    return max((s for s in checkpoint.steps(r.out.checkpoints) if s <= index * r.cfg.updates), default=None)
+
+
+def degenerate(r: Run, index: int, healthy: int, why: str) -> RunError:
+    """healthy: the last iteration whose samples were as they should be"""
+    step = last_good(r, healthy)
+    left = (
+        "no checkpoint is older than that"
+        if step is None
+        else f"the last good one is {r.out.checkpoints}/step-{step}"
+    )
+    return RunError(f"iteration {index + 1}: {why}; {left}. Lower --lr or raise --kl-coef")
