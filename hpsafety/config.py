@@ -176,9 +176,9 @@ class ScoreConfig:
         require_at_least(self, 1, "tokens_per_batch")
 
 
-def memory_bytes(text: str) -> int | None:
+def memory_bytes(text: str | None) -> int | None:
     """Bytes of a size such as 512MB, 2GB or 1.5G, in powers of 1024; None where it is no size above 0."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", (text or "").strip().upper())
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) or None if match else None
 
 

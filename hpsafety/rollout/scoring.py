@@ -58,10 +58,14 @@ class GroupScore:
         return None
 
 
+def sigmoid(z: float) -> float:
+    """1 / (1 + exp(-z)) without overflow."""
+    return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
+
+
 def probabilities(logits: Sequence[float]) -> list[float]:
     """sigmoid in double, kept inside (0, 1)."""
-    raw = (1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z)) for z in logits)
-    return [min(max(p, LOWEST), HIGHEST) for p in raw]
+    return [min(max(sigmoid(z), LOWEST), HIGHEST) for z in logits]
 
 
 class Scorer:

@@ -9,6 +9,7 @@ from hpsafety.model.io import load_model
 from hpsafety.model.reward_io import load_reward_model
 from hpsafety.rollout.experience import Prompt
 from hpsafety.rollout.scoring import Scorer, check_encoding
+from hpsafety.safety.scoring_job import is_safety, load_scorer
 from hpsafety.train import distributed
 from hpsafety.train.optim import AdamW
 from hpsafety.train.ppo_step import ActorCritic
@@ -21,11 +22,9 @@ def load_models(cfg, dtype: torch.dtype, world):
 
     Raises InputError for models that do not encode text alike: what the policy samples is scored as it is.
     """
-    names = (f"--safety-rm {cfg.safety_rm}", f"--helpful-rm {cfg.helpful_rm}")
-    judges = [load_reward_model(path, dtype, world.device) for path in (cfg.safety_rm, cfg.helpful_rm)]
-    scorer = Scorer(*(judge.requires_grad_(False) for judge in judges), names)
+    scorer = load_scorer(cfg, dtype, world.device)
     policy = load_model(cfg.model)
-    check_encoding(policy, scorer.safety, (f"--model {cfg.model}", names[0]))
+    check_encoding(policy, scorer.safety, (f"--model {cfg.model}", f"--safety-rm {cfg.safety_rm}"))
     source = policy
     if cfg.critic_from:
         source = load_reward_model(cfg.critic_from)
@@ -67,9 +66,8 @@ def encode_prompts(rows: list[dict], policy, scorer: Scorer, cfg) -> tuple[list[
                 f"prompt {row.get('id', row['prompt'])!r} has {len(tokens)} tokens, which with {cfg.max_new_tokens} "
                 f"new ones exceed the context; shorten it to {room} or lower --max-new-tokens"
             )
-        tag = row.get("is_safety")
-        untagged += tag is None
-        prompt = Prompt(tokens, cfg.all_safety if tag is None else tag)
+        untagged += row.get("is_safety") is None
+        prompt = Prompt(tokens, is_safety(row, cfg.all_safety))
         (valid if split == "valid" else train).append(prompt)
     if not train:
         raise InputError("no prompt is left to train on: every row is held out by its split")

@@ -9,16 +9,12 @@ from dataclasses import asdict
 
 from hpsafety.data.preferences import Pair
 from hpsafety.data.schemas import RATINGS
+from hpsafety.rollout.scoring import sigmoid
 from hpsafety.safety.intervals import Rate, wilson
 
 UNSAFE_BELOW = (0.5, 0.15)  # a response counts as flagged unsafe where R is below
 NUM_BINS = 10
 HISTOGRAM_BINS = 20
-
-
-def sigmoid(r: float) -> float:
-    """1 / (1 + exp(-r)) without overflow."""
-    return 1 / (1 + math.exp(-r)) if r >= 0 else math.exp(r) / (1 + math.exp(r))
 
 
 def summarise(pairs: Sequence[Pair], scores: Sequence[tuple[float, float]]) -> dict:

@@ -27,7 +27,7 @@ def sample_file(cfg, world) -> None:
     dtype, _ = precision.choose(cfg.precision, world.device)
     # What auto chose is part of the job: another machine's choice must not go on with this one's samples.
     cfg = dataclasses.replace(cfg, precision=precision.name(dtype))
-    job = LineJob("sample", cfg, cfg.data, "prompt", model_hashes("model", cfg.model), world)
+    job = LineJob("sample", cfg, cfg.data, "prompt", model_hashes({"model": cfg.model}), world)
     if job.complete:
         if world.is_main:
             say(f"{cfg.out}: this run is complete; nothing to do (--no-resume makes it anew)")
@@ -60,7 +60,7 @@ def engine_settings(cfg, model) -> Settings:
     return Settings(
         max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
         seed=cfg.seed, stop=stop_ids(model), max_batch=cfg.max_batch,
-        kv_memory=None if cfg.kv_memory is None else memory_bytes(cfg.kv_memory),
+        kv_memory=memory_bytes(cfg.kv_memory),
     )  # fmt: skip
 
 

@@ -44,14 +44,18 @@ def score_file(cfg, world) -> None:
 
 def judge_hashes(cfg) -> dict[str, str]:
     """Checksums of both models' files, under names that tell which model they belong to."""
-    return model_hashes("safety_rm", cfg.safety_rm) | model_hashes("helpful_rm", cfg.helpful_rm)
+    return model_hashes({"safety_rm": cfg.safety_rm, "helpful_rm": cfg.helpful_rm})
 
 
 def load_scorer(cfg, dtype, device) -> Scorer:
-    """Both reward models on `device`; InputError when they do not go together."""
+    """Both reward models on `device`, frozen; InputError when they do not go together."""
     names = (f"--safety-rm {cfg.safety_rm}", f"--helpful-rm {cfg.helpful_rm}")
     return Scorer(
-        *(load_reward_model(path, dtype, device) for path in (cfg.safety_rm, cfg.helpful_rm)), names
+        *(
+            load_reward_model(path, dtype, device).requires_grad_(False)
+            for path in (cfg.safety_rm, cfg.helpful_rm)
+        ),
+        names,
     )
 
 

@@ -63,8 +63,7 @@ def _run(cfg, world) -> None:
     records = load_rows(cfg.data, "prompt")
     named = {"model": cfg.model, "safety_rm": cfg.safety_rm, "helpful_rm": cfg.helpful_rm}
     named |= {"critic_from": cfg.critic_from} if cfg.critic_from else {}
-    hashes = {k: v for name, path in named.items() for k, v in model_hashes(name, path).items()}
-    out = stage.run_directory(cfg, "ppo", cfg.data, world, hashes)
+    out = stage.run_directory(cfg, "ppo", cfg.data, world, model_hashes(named))
     if out is None:
         return
     dtype, why = precision.choose(cfg.precision, world.device)
@@ -238,10 +237,9 @@ def drawn(r: Run, index: int) -> list[tuple[int, Prompt]]:
 
 
 def sampling(r: Run, temperature: float, seed: int) -> Settings:
-    memory = None if r.cfg.kv_memory is None else memory_bytes(r.cfg.kv_memory)
     return Settings(
         max_new_tokens=r.cfg.max_new_tokens, temperature=temperature, seed=seed, stop=stop_ids(r.actor.policy),
-        max_batch=r.cfg.max_batch, kv_memory=memory,
+        max_batch=r.cfg.max_batch, kv_memory=memory_bytes(r.cfg.kv_memory),
     )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def models_of(cfg) -> dict[str, str]:
         "safety_rm": cfg.safety_rm,
         "helpful_rm": cfg.helpful_rm,
     }
-    return {k: v for name, path in named.items() for k, v in model_hashes(name, path).items()}
+    return model_hashes(named)
 
 
 def base_of(cfg) -> str:
@@ -286,7 +286,7 @@ def tune(v: int, cfg, dtype: torch.dtype, folder: Path, world) -> None:
     """Fine-tunes the base weights on this iteration's winners, as in SFT (RS-7)."""
     selected, base = folder / "selected.jsonl", base_of(cfg)
     here = dataclasses.replace(cfg, out=str(folder / "tune"))
-    out = stage.run_directory(here, "reject", [selected], world, model_hashes("base", base))
+    out = stage.run_directory(here, "reject", [selected], world, model_hashes({"base": base}))
     if out is None:
         return
     model = load_model(base)

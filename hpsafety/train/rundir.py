@@ -40,15 +40,16 @@ def input_hashes(paths) -> dict[str, str]:
     return out
 
 
-def model_hashes(name: str, model: str) -> dict[str, str]:
-    """name/FILE -> sha256 of every file of a model directory; a model that is one file stands as `name`.
+def model_hashes(models: dict[str, str]) -> dict[str, str]:
+    """name/FILE -> sha256 of every file of each model directory; a model that is one file stands as its name.
 
-    model  as load_model takes it. Raises InputError where there is none.
+    models  name -> model as load_model takes it. Raises InputError where there is none.
     """
-    path = locate(model)
-    if not path.is_dir():
-        return {name: sha256(path)}
-    return {f"{name}/{p.relative_to(path)}": sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    out = {}
+    for name, path in ((name, locate(model)) for name, model in models.items()):
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        out |= {name if p == path else f"{name}/{p.relative_to(path)}": sha256(p) for p in files}
+    return out
 
 
 def tree_hashes(folder: Path) -> dict[str, str]:

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from hpsafety.model.io import save_model
+from hpsafety.model.heads import reward_model_from
+from hpsafety.model.io import load_model, save_model
+from hpsafety.model.reward_io import save_reward_model
 from tests.tiny import tiny_model
 
 TEMPLATE = (
@@ -41,3 +43,12 @@ def model_dir(tmp_path_factory):
     save_model(tiny_model(seed=2), str(folder))
     write_tokenizer(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def judges(model_dir, tmp_path_factory):
+    """A folder of reward models on the tiny model, with fresh heads: safety, helpful and newer."""
+    folder = tmp_path_factory.mktemp("judges")
+    for seed, name in enumerate(("safety", "helpful", "newer")):
+        save_reward_model(reward_model_from(load_model(model_dir), seed=seed + 5), folder / name)
+    return folder

@@ -19,14 +19,6 @@ from hpsafety.train.rundir import tree_hashes
 from tests.stages.test_sft import metrics, model_bytes, stable
 
 
-@pytest.fixture(scope="module")
-def judges(model_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("judges")
-    for seed, name in enumerate(("safety", "helpful")):
-        save_reward_model(reward_model_from(load_model(model_dir), seed=seed + 5), folder / name)
-    return folder
-
-
 @pytest.fixture
 def prompts(tmp_path):
     rows = [{"prompt": f"question {i}?", "id": f"p{i}"} for i in range(7)]

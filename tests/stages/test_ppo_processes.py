@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from hpsafety.stages import ppo
-from tests.stages.test_ppo import config, judges, prompts
+from tests.stages.test_ppo import config, prompts
 from tests.stages.test_sft import ROOT, metrics, model_bytes, stable
 
-__all__ = ["judges", "prompts"]  # fixtures
+__all__ = ["prompts"]  # fixture
 
 SCRIPT = """
 import json, sys

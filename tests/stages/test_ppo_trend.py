@@ -3,10 +3,10 @@
 import pytest
 
 from hpsafety.stages import ppo
-from tests.stages.test_ppo import config, judges, prompts, rig
+from tests.stages.test_ppo import config, prompts, rig
 from tests.stages.test_sft import metrics
 
-__all__ = ["judges", "prompts"]  # fixtures
+__all__ = ["prompts"]  # fixture
 WANTED = 20  # a letter
 
 

@@ -11,23 +11,14 @@ import torch
 from hpsafety.config import RejectConfig, SFTConfig
 from hpsafety.data.records import iter_records, write_records
 from hpsafety.errors import InputError
-from hpsafety.model.heads import reward_model_from
 from hpsafety.model.io import load_model, save_model
-from hpsafety.model.reward_io import load_reward_model, save_reward_model
+from hpsafety.model.reward_io import load_reward_model
 from hpsafety.rollout.scoring import Scorer
 from hpsafety.stages import reject, sft
 from tests.stages.conftest import write_tokenizer
 from tests.tiny import tiny_model
 
 WORDS = ("yes", "no", "maybe", "help", "stop", "a", "cake", "tea")
-
-
-@pytest.fixture(scope="module")
-def judges(model_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("judges")
-    for seed, name in enumerate(("safety", "helpful", "newer")):
-        save_reward_model(reward_model_from(load_model(model_dir), seed=seed + 5), folder / name)
-    return folder
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from hpsafety.stages import reject
-from tests.stages.test_reject import config, judges, prompts
+from tests.stages.test_reject import config, prompts
 from tests.stages.test_sft import ROOT
 
-__all__ = ["judges", "prompts"]  # fixtures
+__all__ = ["prompts"]  # fixture
 
 SCRIPT = """
 import json, sys
