@@ -7,50 +7,26 @@ iteration sampled and measured is kept in checkpoints/experience-I.safetensors, 
 Steps count optimiser steps, as in the other stages: iteration I of `updates` minibatches ends at step I * updates.
 """
 
-import dataclasses
 import logging
-import math
-import time
-from contextlib import contextmanager
 
 import torch
 
-from hpsafety.config import memory_bytes
-from hpsafety.data.batches import epoch_order
 from hpsafety.data.sources import load_rows
-from hpsafety.errors import RunError
 from hpsafety.model.io import save_state
 from hpsafety.rollout import experience as rollouts
-from hpsafety.rollout.experience import Experience, Prompt
-from hpsafety.rollout.sampler import Settings, stop_ids
-from hpsafety.rollout.scoring import Scorer
+from hpsafety.rollout.experience import Experience
+from hpsafety.safety.ppo_health import degenerate, hold_out, last_good, refuse_degenerate
+from hpsafety.safety.ppo_run import Run, drawn, sample_and_judge, sampling, timed
 from hpsafety.safety.ppo_setup import encode_prompts, kl_coefficient, load_models, place
 from hpsafety.train import checkpoint, distributed, phases, precision, stage
 from hpsafety.train.loop import checkpoint_if_due, stop_signals
 from hpsafety.train.metrics import Metrics, Progress, peak_rss_mb, say
-from hpsafety.train.ppo_step import MEANS, ActorCritic, Part, TokenRows, measure, pack_minibatches, update
-from hpsafety.train.rundir import RunDir, model_hashes
+from hpsafety.train.ppo_step import MEANS, Part, TokenRows, measure, pack_minibatches, update
+from hpsafety.train.rundir import model_hashes
 
 log = logging.getLogger("hpsafety")
 
 PHASES = ("rollout", "score", "logprobs", "update")
-SHORTEST = 0.1  # of the first iteration's mean length: below it the policy has stopped answering
-
-
-@dataclasses.dataclass(slots=True)
-class Run:
-    """What the iterations share. sampler: the policy itself, or under ranks a whole copy of it, refreshed each time."""
-
-    cfg: object
-    actor: ActorCritic
-    sampler: torch.nn.Module
-    reference: torch.nn.Module
-    scorer: Scorer
-    train: list[Prompt]
-    valid: list[Prompt]
-    kl_coef: float
-    out: RunDir
-    world: distributed.World
 
 
 def run(cfg) -> None:
@@ -136,15 +112,6 @@ def iterate(r: Run) -> dict:
     return {"steps": totals["step"], "best_valid_reward": totals["best"]} | {n: totals[n] for n in names}
 
 
-@contextmanager
-def timed(totals: dict, name: str):
-    """Marks a phase for the profiler and adds its seconds to this iteration's times."""
-    started = time.perf_counter()
-    with phases.phase(name):
-        yield
-    totals["times"][name] = totals["times"].get(name, 0.0) + time.perf_counter() - started
-
-
 def iteration(r: Run, index: int, totals: dict, modules, metrics, progress, stop) -> None:
     """One iteration, or what is left of it; totals are brought up to date and a checkpoint written where it is due."""
     cfg, world = r.cfg, r.world
@@ -227,36 +194,6 @@ def packed(r: Run, experience: Experience) -> list[list[Part]]:
     return pack_minibatches(r.actor.policy, experience.groups, per_step, r.cfg.tokens_per_batch, r.world)
 
 
-def drawn(r: Run, index: int) -> list[tuple[int, Prompt]]:
-    """(number of the draw over the whole run, prompt) of each of the iteration's groups: one seeded order after the
-    other, whatever the ranks."""
-    count, size = r.cfg.batch // r.cfg.k, len(r.train)
-    numbers = range(index * count, (index + 1) * count)
-    orders = {p: epoch_order(size, p, r.cfg.seed) for p in {n // size for n in numbers}}
-    return [(n, r.train[orders[n // size][n % size]]) for n in numbers]
-
-
-def sampling(r: Run, temperature: float, seed: int) -> Settings:
-    return Settings(
-        max_new_tokens=r.cfg.max_new_tokens, temperature=temperature, seed=seed, stop=stop_ids(r.actor.policy),
-        max_batch=r.cfg.max_batch, kv_memory=memory_bytes(r.cfg.kv_memory),
-    )  # fmt: skip
-
-
-def sample_and_judge(r: Run, draws, k: int, settings: Settings, totals: dict) -> list[rollouts.Judged]:
-    """Every draw's samples with their scores, in order, on every rank; the ranks share the work draw by draw."""
-    world = r.world
-    mine = draws[world.rank :: world.size]
-    with timed(totals, "rollout"):
-        if r.sampler is not r.actor.policy:
-            distributed.copy_whole(r.actor.policy, r.sampler)
-        samples = rollouts.sample(r.sampler, mine, k, settings)
-    with timed(totals, "score"):
-        judged = rollouts.judge(r.scorer, [p for _, p in mine], samples, r.cfg.tokens_per_batch)
-        parts = distributed.all_objects(judged, world)
-    return [parts[i % world.size][i // world.size] for i in range(len(draws))]
-
-
 def measured(r: Run, experience: Experience, minibatches) -> Experience:
     """The experience with old and reference logprobs, entropy and values: one packed pass of each model."""
     cfg, world = r.cfg, r.world
@@ -273,7 +210,7 @@ def measured(r: Run, experience: Experience, minibatches) -> Experience:
     return experience.measured(old, entropy, reference, values)
 
 
-# ---- the end of an iteration, and of a run that has gone wrong ----
+# ---- the end of an iteration ----
 
 
 def finish_iteration(r: Run, index, totals, experience: Experience, figures, metrics, progress) -> None:
@@ -304,54 +241,3 @@ def finish_iteration(r: Run, index, totals, experience: Experience, figures, met
         note = f"reward {figures['reward']:.4f}  kl {figures['kl']:.4f}  length {figures['length']:.1f}"
         progress.update(index + 1, f"{note}  {equiv / max(seconds, 1e-9):.0f} tokens/s")
     totals["sums"], totals["times"] = {}, {}
-
-
-def hold_out(r: Run, totals: dict, iterations: int) -> float:
-    """Mean R_c in (0, 1) of greedy answers to the held-out prompts; keeps the best policy's weights, and ends the run
-    after --patience such rewards without a new best (PPO-10)."""
-    judged = sample_and_judge(r, list(enumerate(r.valid)), 1, sampling(r, 0.0, 0), {"times": {}})
-    value = float(rollouts.collect(judged).combined.double().sigmoid().mean())
-    better = totals["best"] is None or value > totals["best"]
-    if better:
-        totals["best"], totals["worse"] = value, 0
-        checkpoint.save_best(r.out.checkpoints, r.actor.policy, r.world)
-    else:
-        totals["worse"] += 1
-        totals["over"] = totals["worse"] >= r.cfg.patience
-    if r.world.is_main:
-        log.info("held-out reward after %d iterations: %.4f (best %.4f)", iterations, value, totals["best"])
-        if totals["over"]:
-            say(
-                f"ppo: stopping early: {r.cfg.patience} held-out rewards in a row are not above {totals['best']:.4f}"
-            )
-    return value
-
-
-def refuse_degenerate(r: Run, index: int, totals: dict, figures: dict) -> None:
-    """RunError where the samples show that training has gone wrong: the updates before them were the bad ones."""
-    why, first = None, totals["first_length"]
-    broken = [name for name in ("kl", "reward", "entropy") if not math.isfinite(figures[name])]
-    if broken:
-        why = f"{broken[0]} is {figures[broken[0]]}"
-    elif figures["kl"] > r.cfg.kl_stop:
-        why = f"the KL to the start is {figures['kl']:.3f} nats per token, over --kl-stop {r.cfg.kl_stop:g}"
-    elif first is not None and first >= 1 / SHORTEST and figures["length"] < SHORTEST * first:
-        why = f"answers have collapsed from {first:.1f} to {figures['length']:.1f} tokens"
-    if why:
-        raise degenerate(r, index, index - 1, why)
-
-
-def last_good(r: Run, index: int) -> int | None:
-    """The newest checkpoint not younger than the policy that sampled iteration `index`, if there is one."""
-    return max((s for s in checkpoint.steps(r.out.checkpoints) if s <= index * r.cfg.updates), default=None)
-
-
-def degenerate(r: Run, index: int, healthy: int, why: str) -> RunError:
-    """healthy: the last iteration whose samples were as they should be"""
-    step = last_good(r, healthy)
-    left = (
-        "no checkpoint is older than that"
-        if step is None
-        else f"the last good one is {r.out.checkpoints}/step-{step}"
-    )
-    return RunError(f"iteration {index + 1}: {why}; {left}. Lower --lr or raise --kl-coef")

@@ -14,6 +14,7 @@ from hpsafety.model.heads import reward_model_from
 from hpsafety.model.io import load_model
 from hpsafety.model.reward_io import save_reward_model
 from hpsafety.rollout import experience as rollouts
+from hpsafety.safety import ppo_health
 from hpsafety.stages import ppo
 from hpsafety.train.rundir import tree_hashes
 from tests.stages.test_sft import metrics, model_bytes, stable
@@ -147,7 +148,8 @@ def test_interrupted_run_goes_on_to_the_same_bytes(
             ppo.run(cut)
     sampled = []
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "sample_and_judge", lambda *args: sampled.append(1) or made(*args))
+        for module in (ppo, ppo_health):
+            patch.setattr(module, "sample_and_judge", lambda *args: sampled.append(1) or made(*args))
         ppo.run(cut)
     log = (tmp_path / "cut" / "log.txt").read_text()
     assert f"resumed from step {at}" in log and "goes on with the samples it had" in log
