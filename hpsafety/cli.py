@@ -57,6 +57,11 @@ COMMANDS = {
         "PPOConfig",
         "hpsafety.stages.ppo:run",
     ),
+    "gatt": (
+        "ghost attention: an instruction of the first turn that holds in all of them",
+        "GAttConfig",
+        "hpsafety.stages.gatt:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

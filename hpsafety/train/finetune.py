@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from typing import Literal
 
 import torch
 
@@ -16,13 +17,16 @@ from hpsafety.train.loop import fit
 log = logging.getLogger("hpsafety")
 
 
-def build_groups(rows: list[dict], tokenizer, max_length: int) -> tuple[list, dict]:
+def build_groups(
+    rows: list[dict], tokenizer, max_length: int, train: Literal["all", "last"] = "all"
+) -> tuple[list, dict]:
     """(groups that fit max_length tokens, counts). Too long a group is dropped and counted, never cut (SFT-3).
 
-    rows  with `prompt` and `response`
+    rows   with `prompt` and `response`
+    train  all answers of a dialogue, or the last one only
     Raises InputError when nothing is left.
     """
-    groups = [encode(tokenizer, row) for row in rows]
+    groups = [encode(tokenizer, row, train) for row in rows]
     kept, dropped = drop_long(groups, max_length)
     if not kept:
         raise InputError(
@@ -35,10 +39,10 @@ def build_groups(rows: list[dict], tokenizer, max_length: int) -> tuple[list, di
     return [groups[i] for i in kept], {"dropped_too_long": dropped}
 
 
-def encode(tokenizer, row: dict) -> PromptGroup:
+def encode(tokenizer, row: dict, train: Literal["all", "last"] = "all") -> PromptGroup:
     """A demonstration as a group. Where the sampler cut the answer (`finish` is "length"), the end of turn is not
     trained: the model never said that it had finished."""
-    group = encode_dialogue(tokenizer, row["prompt"], row["response"])
+    group = encode_dialogue(tokenizer, row["prompt"], row["response"], train)
     if row.get("finish") != "length":
         return group
     mask = [True] * len(group.responses[0]) if group.train is None else list(group.train[0])

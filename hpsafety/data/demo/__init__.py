@@ -1,4 +1,4 @@
-"""The demo's own data: five JSON-lines files, made by `python -m hpsafety.data.demo.generate`."""
+"""The demo's own data: JSON-lines files, made by `python -m hpsafety.data.demo.generate`."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ __all__ = ["path"]
 
 
 def path(name: str) -> Path:
-    """The file of a set: train, preferences, heldout_adversarial, heldout_borderline or heldout_helpful.
+    """The file of a set: train, preferences, dialogues, heldout_adversarial, heldout_borderline or heldout_helpful.
 
-    train holds demonstration records, preferences holds preference records (splits train and valid), and the
-    held-out files hold prompt records with a reference `response` beside.
+    train holds demonstration records, preferences holds preference records (splits train and valid), dialogues holds
+    prompt records of several user turns (splits train and valid), and the held-out files hold prompt records with a
+    reference `response` beside.
     Raises ValueError for another name.
     """
     file = Path(__file__).with_name(f"{name}.jsonl")

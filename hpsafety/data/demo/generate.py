@@ -12,7 +12,8 @@ category.attack for adversarial prompts, and borderline.topic or helpful.topic f
 The template id is the table's name with hyphens, helpful-cooking-basic. Each row keeps its id and its slots, so
 that it can be made again from them. A held-out file holds `[set.topic]`, or `[set.category.attack]`, with lines
 `name = [prompt, reference response]`: each is a template of its own, and none occurs in training (DATA-3).
-How the preference pairs are made from the training prompts is told in pairs.py.
+How the preference pairs are made from the training prompts is told in pairs.py. dialogues.toml holds `[split]`, with
+lines `name = [the user's turns]`: dialogues whose answers a model is to give.
 
 Harmful requests are named by topic or by a placeholder such as [substance X], never described (DATA-4).
 """
@@ -110,11 +111,26 @@ def heldout_rows(name: str) -> list[dict]:
     return rows
 
 
+def dialogue_rows() -> list[dict]:
+    """Prompts of several user turns without answers, in the order of the file."""
+    return [
+        {
+            "id": f"dialogue-{name}",
+            "prompt": [{"role": "user", "content": text} for text in turns],
+            "split": split,
+            "source": SOURCE,
+        }
+        for split, dialogues in read_toml("dialogues").items()
+        for name, turns in dialogues.items()
+    ]
+
+
 def data_sets() -> dict[str, list[dict]]:
-    """File stem -> rows: the five files of the demo."""
+    """File stem -> rows: all files of the demo."""
     train = train_rows()
     heldout = {name: heldout_rows(name) for name in HELDOUT_SPLITS}
-    return {"train": train, "preferences": preference_rows(train, templates())} | heldout
+    others = {"preferences": preference_rows(train, templates()), "dialogues": dialogue_rows()}
+    return {"train": train} | others | heldout
 
 
 def encode(rows: list[dict]) -> bytes:
