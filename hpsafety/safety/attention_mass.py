@@ -79,7 +79,7 @@ def _mass(q_THK, k_TGK, rows_R, instruction: tuple[int, int]) -> float:
 
 
 def mean_mass(model, rows: list[dict]) -> dict:
-    """Means over the dialogues, as JSON numbers: by_layer (layers x turns), `dialogues` that had each turn, and `uniform`,
+    """Means over the dialogues, as JSON numbers: by_layer (layers x turns), `dialogues` that had each turn, `uniform`:
     the share of the tokens that are the instruction's, which uniform attention would give. rows: see `spans`."""
     total: list[torch.Tensor] = []
     shares: list[list[float]] = []

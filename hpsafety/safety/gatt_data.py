@@ -1,5 +1,5 @@
-"""Ghost attention's data: dialogues of user turns, with the instruction in all of them for sampling and in the first for
-training (spec section 6, GATT-1, GATT-2)."""
+"""Ghost attention's data: dialogues of user turns, with the instruction in all of them for sampling, in the first only
+for training (spec section 6, GATT-1, GATT-2)."""
 
 from collections import Counter
 
@@ -112,14 +112,14 @@ def keep_dialogue(row: dict, played: Played) -> dict:
     if any(repeated in _plain(text) for text in texts):  # it would be in the row a second time (GATT-1)
         return row | {"dropped": "an answer repeats the instruction"}
     return row | {
-        "prompt": played.script.messages(texts, played.script.users[-1]), "response": texts[-1],
+        "prompt": played.script.messages(texts[:-1], played.script.users[-1]), "response": texts[-1],
         "finish": played.answers[-1].finish, "finishes": [answer.finish for answer in played.answers],
     }  # fmt: skip
 
 
 def training_row(plain: dict, sampled: dict) -> dict:
-    """The dialogue with the instruction in the first user turn only (GATT-1); its response is the last answer, which alone
-    is trained on (GATT-2).
+    """The dialogue with the instruction in the first user turn only (GATT-1); its response is the last answer, which
+    alone is trained on (GATT-2).
 
     plain, sampled  lines of instructions.jsonl and dialogues.jsonl
     """

@@ -78,9 +78,9 @@ def make_lists(model, count: int, settings) -> list[dict]:
         if len(items) < LEAST:
             text = " | ".join(answer["text"] for answer in raw[family])
             raise RunError(
-                f"the model's {len(raw[family])} lists of {family} names hold {len(items)} that can be used, and {LEAST} "
-                "are the least; use a model that follows instructions. It was asked "
-                f"{questions[family]!r} and said: {text[:600]!r}"
+                f"the model's {len(raw[family])} lists of {family} names hold {len(items)} that can be used, and "
+                f"{LEAST} are the least; use a model that follows instructions. It was asked {questions[family]!r} "
+                f"and said: {text[:600]!r}"
             )
     return [
         {
@@ -101,8 +101,8 @@ def whole(text: str, finish: str) -> str:
 
 
 def parse(texts: list[str], family: str) -> tuple[list[str], list[str]]:
-    """(usable names, each once; lines that hold none). Names of more texts come first, then earlier ones. A line may be a
-    row of names."""
+    """(usable names, each once; lines that hold none). Names of more texts come first, then earlier ones. A line may be
+    a row of names."""
     names: dict[str, str] = {}  # by their folded form, as first written
     votes: Counter = Counter()
     rejected = []

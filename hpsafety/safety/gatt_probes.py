@@ -1,8 +1,8 @@
 """Ghost attention's evaluation: is the first turn's instruction still followed at turn 2, 4, 6 and later? (GATT-5)
 
 A dialogue has one instruction, in its first turn, and goes through held-out questions. Hobbies and figures show only
-when they are asked for, so at each probed turn a question aside is put in place of the turn's own; it and its answer are
-not part of what follows, so that no probe reminds the model of anything. Languages and openings are read off the
+when they are asked for, so at each probed turn a question aside is put in place of the turn's own; it and its answer
+are not part of what follows, so that no probe reminds the model of anything. Languages and openings are read off the
 dialogue's own answers. The control is the same question as a first turn without any instruction.
 """
 
@@ -79,8 +79,8 @@ def keep_probe(row: dict, played: Played) -> dict:
 def summarise(rows: list[dict], turns: tuple[int, ...]) -> dict[str, dict]:
     """family -> {trained, control: rate, turns: {turn: rate}}.
 
-    A rate has count, total, value, low, high (95 % Wilson) and `unreachable`: dialogues that did not get there. Where none
-    did, value, low and high are None: neither 0 nor 1.
+    A rate has count, total, value, low, high (95 % Wilson) and `unreachable`: dialogues that did not get there. Where
+    none did, value, low and high are None: neither 0 nor 1.
     """
     out: dict[str, dict] = {}
     for row in rows:

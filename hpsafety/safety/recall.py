@@ -27,7 +27,8 @@ SCRIPTS = (
 )  # fmt: skip
 CODES = {
     "fr": "French", "es": "Spanish", "de": "German", "it": "Italian", "pt": "Portuguese", "nl": "Dutch",
-    "en": "English", "ru": "Russian", "el": "Greek", "ar": "Arabic", "hi": "Hindi", "ja": "Japanese", "ko": "Korean", "zh": "Chinese",
+    "en": "English", "ru": "Russian", "el": "Greek", "ar": "Arabic", "hi": "Hindi", "ja": "Japanese",
+    "ko": "Korean", "zh": "Chinese",
 }  # fmt: skip
 # Words of a hobby's name that say nothing about which it is.
 FILLERS = frozenset("and the for with playing doing going making learning watching taking".split())

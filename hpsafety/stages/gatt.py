@@ -21,12 +21,15 @@ from hpsafety.data.sources import load_rows
 from hpsafety.errors import InputError
 from hpsafety.files import atomic_write
 from hpsafety.model.io import load_model
+from hpsafety.rollout.engine import Engine
 from hpsafety.rollout.sampler import Settings, stop_ids
 from hpsafety.safety import gatt_data, gatt_lists, gatt_probes, recall
 from hpsafety.safety.attention_mass import mean_mass
-from hpsafety.safety.gatt_instructions import draw
+from hpsafety.safety.gatt_instructions import FAMILIES, draw, write
 from hpsafety.safety.gatt_page import show_table, write_page
-from hpsafety.safety.talk_job import check_chat, first_prompt, play_file
+from hpsafety.safety.sampling_job import engine_settings
+from hpsafety.safety.talk import Script
+from hpsafety.safety.talk_job import check_chat, check_memory, first_prompt, play_file
 from hpsafety.train import distributed, precision, stage
 from hpsafety.train.finetune import build_groups, count_trained, finetune, longest
 from hpsafety.train.metrics import say
@@ -61,7 +64,7 @@ def _run(cfg, world) -> None:
     model = load_model(cfg.model, dtype, world.device)
     check_chat(model, cfg.model)
     limit = longest(cfg, model)
-    check_dialogues(dialogues, model.tokenizer, limit - cfg.max_new_tokens)
+    check_dialogues(dialogues, questions, model, limit, cfg, dtype)
     stage.begin(
         out, f"gatt: {len(dialogues)} dialogues, {len(questions)} held-out questions; {why}", counts, world
     )
@@ -99,20 +102,32 @@ def opening(cfg) -> str:
     )
 
 
-def check_dialogues(dialogues: list[dict], tokenizer, room: int) -> None:
-    """InputError where the model's chat template takes no such dialogue, or where not one leaves room for an answer.
-    A dialogue that is too long is dropped and counted when it gets there."""
+def check_dialogues(dialogues: list[dict], questions: list[str], model, limit: int, cfg, dtype) -> None:
+    """InputError where the model's chat template takes no such dialogue, where not one leaves room for an answer, and
+    where --kv-memory is too small. A dialogue that is too long is dropped and counted when it gets there."""
+    stand_in = write(dict.fromkeys(FAMILIES, "a name of some length"), terse=False)
+    engine = Engine(model, engine_settings(sampling(cfg, dtype, cfg.model, "-", "-"), model))
     lengths = []
     for row in dialogues:
+        script = gatt_data.sampling_script(row | {"instruction": stand_in})
         try:
-            lengths.append(first_prompt(tokenizer, gatt_data.sampling_script(row | {"instruction": ""})))
+            lengths.append(
+                first_prompt(model.tokenizer, gatt_data.sampling_script(row | {"instruction": ""}))
+            )
+            check_memory(engine, script, limit)
         except InputError as error:
             raise InputError(f"dialogue {row['id']!r}: {error}") from None
+    room = limit - cfg.max_new_tokens
     if min(lengths) > room:
         raise InputError(
             f"no dialogue leaves room for an answer: the shortest first turn has {min(lengths)} tokens and {room} are "
             "left; lower --max-new-tokens, raise --max-length or give shorter dialogues"
         )
+    engine = Engine(
+        model,
+        engine_settings(sampling(cfg, dtype, cfg.model, "-", "-", max_new_tokens=cfg.eval_tokens), model),
+    )
+    check_memory(engine, Script([stand_in, *questions[: max(cfg.eval_turns)]]), limit)
 
 
 def prepare(out: RunDir, dialogues: list[dict], questions: list[str], model, cfg) -> dict:
@@ -142,8 +157,9 @@ def read_lists(out: RunDir, model, cfg) -> list[dict]:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     settings = Settings(
-        max_new_tokens=gatt_lists.LIST_TOKENS, temperature=gatt_lists.TEMPERATURE, top_p=cfg.top_p, stop=stop_ids(model),
-        seed=(cfg.seed + gatt_lists.SEED_STEP) % 2**63, max_batch=cfg.max_batch, kv_memory=memory_bytes(cfg.kv_memory),
+        max_new_tokens=gatt_lists.LIST_TOKENS, temperature=gatt_lists.TEMPERATURE, top_p=cfg.top_p,
+        stop=stop_ids(model), seed=(cfg.seed + gatt_lists.SEED_STEP) % 2**63, max_batch=cfg.max_batch,
+        kv_memory=memory_bytes(cfg.kv_memory),
     )  # fmt: skip
     lists = gatt_lists.make_lists(model, cfg.list_size, settings)
     for part in lists:
