@@ -222,7 +222,9 @@ def train(cfg, dtype: torch.dtype, out: RunDir, world) -> dict:
     rows = read_rows(out.path / "train.jsonl")
     groups, counts = build_groups(rows, model.tokenizer, longest(cfg, model), train="last")
     counts["trained_tokens"] = count_trained(groups)
-    return counts | finetune(model, groups, [], cfg, dtype, out, world, "fine-tuning")
+    done = finetune(model, groups, [], cfg, dtype, out, world, "fine-tuning")
+    distributed.barrier(world)  # rank 0 has written the model that all will ask
+    return counts | done
 
 
 def report(cfg, dtype: torch.dtype, limit: int, counts: dict, held_questions: int, out: RunDir) -> None:
