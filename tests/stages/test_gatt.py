@@ -153,6 +153,9 @@ def test_run_directory(chat_model, dialogues, tmp_path, names, monkeypatch):
         and manifest["counts"]["listed_hobby"] == 3
     )
     assert manifest["counts"]["other_splits"] == 1 and manifest["counts"]["trained_dialogues"] == len(trained)
+    # GATT-2: letters of the last answers, and the end of turn of those that have one; nothing else is trained
+    last = sum(len(row["response"]) + (row["finish"] == "stop") for row in trained)
+    assert manifest["counts"]["trained_tokens"] == last
     assert model_bytes(out / "model") != model_bytes(chat_model)
 
 
