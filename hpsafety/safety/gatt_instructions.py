@@ -18,12 +18,7 @@ FULL = {
 TERSE = {"figure": "Role: {value}.", "hobby": "Hobby: {value}.", "language": "Language: {value}."}
 # Constraints that are never trained on, to see whether what is learnt is more than the three families (GATT-5). A rule
 # can check them on an answer that was cut.
-UNSEEN = {
-    "opening": (
-        "Begin every one of your answers with the word {value}.",
-        ("Ahoy", "Indeed", "Listen", "Well"),
-    )
-}
+UNSEEN = {"opening": ("Begin every answer with the word {value}.", ("Ahoy", "Aloha", "Hooray", "Bravo"))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +33,8 @@ class Instruction:
 def write(values: dict[str, str], terse: bool) -> str:
     """The instruction of these families, in their fixed order."""
     forms = TERSE if terse else FULL
-    return " ".join(forms[family].format(value=values[family]) for family in FAMILIES if family in values)
+    parts = (forms[family].format(value=values[family]) for family in FAMILIES if family in values)
+    return " ".join(parts).replace("..", ".")  # a name may end in Jr.
 
 
 def draw(count: int, lists: dict[str, list[str]], seed: int) -> list[Instruction]:

@@ -39,6 +39,7 @@ OURS = (
     "lists.json", "instructions.jsonl", "dialogues.jsonl", "train.jsonl", "probes.jsonl", "recall-before.jsonl",
     "recall-after.jsonl",
 )  # fmt: skip
+PROBE_SEED = 9_000_011  # added to the seed, so that probes share no draw with the dialogues trained on
 PICTURED = 4  # dialogues whose attention is measured, one of each kind of instruction
 SHOWN = 8  # answers in the report, at most
 
@@ -185,10 +186,11 @@ def sampling(cfg, dtype: torch.dtype, model: str, rows, out, **changes) -> Sampl
 
 
 def ask(name: str, model: str, cfg, dtype: torch.dtype, limit: int, out: RunDir, world) -> None:
-    """Plays the probes with one model, greedily, into recall-NAME.jsonl."""
+    """Plays the probes with one model into recall-NAME.jsonl: drawn as the training's answers are, since greedy answers
+    of a small model repeat each other, and with the same keys for both models."""
     job = sampling(
-        cfg, dtype, model, out.path / "probes.jsonl", out.path / f"recall-{name}.jsonl", temperature=0.0, top_p=1.0,
-        top_k=0, max_new_tokens=cfg.eval_tokens,
+        cfg, dtype, model, out.path / "probes.jsonl", out.path / f"recall-{name}.jsonl",
+        max_new_tokens=cfg.eval_tokens, seed=(cfg.seed + PROBE_SEED) % 2**63,
     )  # fmt: skip
     play_file(job, limit, gatt_probes.probe_script, gatt_probes.keep_probe, f"asking the model {name}", world)
 
@@ -240,7 +242,8 @@ def report(cfg, dtype: torch.dtype, limit: int, counts: dict, held_questions: in
             mass[name] = mean_mass(model, pictured)
         del model
     result = {
-        "model": cfg.model, "eval_turns": turns, "eval_tokens": cfg.eval_tokens, "held_questions": held_questions,
+        "model": cfg.model, "eval_turns": turns, "eval_tokens": cfg.eval_tokens,
+        "temperature": cfg.temperature, "held_questions": held_questions,
         "limit": limit, "context_turns": int(limit / tokens) if tokens else None, "counts": counts,
         "language_judge": recall.judge(), "lists": json.loads((out.path / "lists.json").read_text(encoding="utf-8")),
         "recall": {name: gatt_probes.summarise(rows, cfg.eval_turns) for name, rows in asked.items()},

@@ -36,6 +36,7 @@ def test_terse_is_shorter_and_says_the_same():
     full, terse = write(values, False), write(values, True)
     assert len(terse) < len(full) / 2 and all(value in terse and value in full for value in values.values())
     assert terse == "Role: Ada Lovelace. Hobby: chess. Language: French."
+    assert write({"figure": "Martin Luther King Jr."}, True) == "Role: Martin Luther King Jr."
     assert set(FULL) == set(TERSE) == set(FAMILIES) and attach("Do.", "Why?") == "Do.\n\nWhy?"
 
 
