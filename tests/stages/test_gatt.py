@@ -59,6 +59,12 @@ def names(monkeypatch):
 
 
 @pytest.fixture
+def no_page(monkeypatch):
+    """Leaves report.html out: drawing costs more than all the rest of such a run."""
+    monkeypatch.setattr(gatt, "write_page", lambda result, path: None)
+
+
+@pytest.fixture
 def dialogues(tmp_path):
     def row(name, *texts, **fields):
         return {"id": name, "prompt": [{"role": "user", "content": text} for text in texts], **fields}
@@ -228,7 +234,7 @@ def kill_in(patch, where: str) -> None:
     patch.setattr(talk_job.LineJob, "add", two_lines)
 
 
-def test_killed_run_goes_on_to_the_same_bytes(chat_model, dialogues, tmp_path, names, monkeypatch):
+def test_killed_run_goes_on_to_the_same_bytes(chat_model, dialogues, tmp_path, names, no_page, monkeypatch):
     """Killed at every stage of its way, one run after the other, it ends as the one that was left alone."""
     whole = config(chat_model, dialogues, tmp_path / "whole")
     gatt.run(whole)
@@ -249,7 +255,7 @@ def test_killed_run_goes_on_to_the_same_bytes(chat_model, dialogues, tmp_path, n
     assert reports[0] == reports[1]
 
 
-def test_no_resume_inherits_nothing(chat_model, dialogues, tmp_path, names):
+def test_no_resume_inherits_nothing(chat_model, dialogues, tmp_path, names, no_page):
     cfg = config(chat_model, dialogues, tmp_path / "run")
     gatt.run(cfg)
     first = {name: (tmp_path / "run" / name).read_bytes() for name in ("dialogues.jsonl", "lists.json")}
@@ -260,7 +266,7 @@ def test_no_resume_inherits_nothing(chat_model, dialogues, tmp_path, names):
     assert all((tmp_path / "run" / name).read_bytes() != text for name, text in first.items())
 
 
-def test_dialogues_longer_than_the_context(chat_model, dialogues, tmp_path, names):
+def test_dialogues_longer_than_the_context(chat_model, dialogues, tmp_path, names, no_page):
     """Issue 7: dropped and counted; where none is left, a clear stop. Later turns of the evaluation are unreachable."""
     rows = list(iter_records(dialogues, "prompt"))
     rows[4]["prompt"][2]["content"] = "long " * 80
