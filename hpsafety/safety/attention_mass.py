@@ -3,7 +3,11 @@
 The model's blocks run one after the other; beside each, q k^T and its softmax are computed in plain torch for the
 answers' rows, ROWS of them at a time, so that memory is (heads x ROWS x tokens) numbers and no more.
 
-Legend: T tokens, H query heads, G kv heads, K head dim, R rows.
+A few tokens draw attention whatever they say (sinks: Xiao et al. 2023, Sun et al. 2024). In smollm2 one is the first
+"the" of a text: inside an instruction it gets 0.1 of all attention where every other word gets 0.0005, and the picture
+would be of that "the" alone. So sinks are found by the model before training, and left out for both.
+
+Legend: T tokens, H query heads, G kv heads, K head dim, R rows, I tokens of the instruction.
 """
 
 import torch
@@ -16,6 +20,7 @@ from hpsafety.model.gemm import linear
 from hpsafety.safety.gatt_instructions import attach
 
 ROWS = 64
+SINK = 20  # times the median of the instruction's tokens: a sink is 100 and more, the words that matter are up to 5
 
 
 def spans(tokenizer, row: dict):
@@ -48,50 +53,64 @@ def _shared(a: list[int], b: list[int]) -> int:
 def instruction_mass(
     model, group, instruction: tuple[int, int], answers: list[tuple[int, int]]
 ) -> torch.Tensor:
-    """(layers, turns) fp64: mean over heads and over the rows that predict a turn's answer of the attention's sum over
-    the instruction's tokens; each row's attention sums to 1 over all it sees.
+    """(layers, turns, I) fp64: the attention on each of the instruction's tokens, mean over heads and over the rows
+    that predict a turn's answer; a row's attention sums to 1 over all it sees.
 
     group  one dialogue (one response);  instruction, answers: token spans, end exclusive
     """
     batch = pack([group]).to(model.embed.device)
     cos, sin = model.rope(batch.tokens.device)
     x, delta = nnf.embedding(batch.tokens, model.embed), None
-    mass = torch.zeros(len(model.blocks), len(answers), dtype=torch.float64)
-    for layer, block in enumerate(model.blocks):
+    mass = []
+    for block in model.blocks:
         qkv, x = block.project_qkv(x, delta)
         q, k, v = ops.rope_qkv(qkv, batch.positions, cos, sin)
-        for turn, (start, end) in enumerate(answers):
-            mass[layer, turn] = _mass(q, k, torch.arange(start - 1, end - 1, device=q.device), instruction)
+        rows = [torch.arange(start - 1, end - 1, device=q.device) for start, end in answers]
+        mass.append(torch.stack([_mass(q, k, r, instruction) for r in rows]))
         out = ops.attention(q, k, v, batch.segments).flatten(1)
         delta, x = block.mlp(x, linear(out, block.o, block.o_bias))
-    return mass
+    return torch.stack(mass)
 
 
-def _mass(q_THK, k_TGK, rows_R, instruction: tuple[int, int]) -> float:
+def _mass(q_THK, k_TGK, rows_R, instruction: tuple[int, int]) -> torch.Tensor:
+    """(I,) fp64 on the CPU."""
     heads, size = q_THK.shape[1:]
     keys = k_TGK.float().repeat_interleave(heads // k_TGK.shape[1], dim=1)
-    columns, total = torch.arange(len(k_TGK), device=k_TGK.device), 0.0
+    columns = torch.arange(len(k_TGK), device=k_TGK.device)
+    total = torch.zeros(instruction[1] - instruction[0], dtype=torch.float64)
     for part in rows_R.split(ROWS):
         scores = torch.einsum("rhk,thk->hrt", q_THK[part].float(), keys) * size**-0.5
         weights = scores.masked_fill(columns > part[:, None], float("-inf")).softmax(-1)
-        total += float(weights[..., instruction[0] : instruction[1]].sum(-1).mean(0).double().sum())
+        total += weights[..., instruction[0] : instruction[1]].mean(0).sum(0).double().cpu()
     return total / len(rows_R)
 
 
-def mean_mass(model, rows: list[dict]) -> dict:
-    """Means over the dialogues, as JSON numbers: by_layer (layers x turns), `dialogues` that had each turn, `uniform`:
-    the share of the tokens that are the instruction's, which uniform attention would give. rows: see `spans`."""
-    total: list[torch.Tensor] = []
-    shares: list[list[float]] = []
-    for row in rows:
-        group, instruction, answers = spans(model.tokenizer, row)
-        total.append(instruction_mass(model, group, instruction, answers))
-        shares.append([(instruction[1] - instruction[0]) / ((a + b) / 2) for a, b in answers])
-    turns = max(mass.shape[1] for mass in total)
-    counts = [sum(mass.shape[1] > t for mass in total) for t in range(turns)]
-    by_layer = [
-        [sum(float(m[layer, t]) for m in total if m.shape[1] > t) / counts[t] for t in range(turns)]
-        for layer in range(len(model.blocks))
-    ]
-    share = [sum(s[t] for s in shares if len(s) > t) / counts[t] for t in range(turns)]
-    return {"by_layer": by_layer, "dialogues": counts, "uniform": share}
+def find_sinks(mass_LTI: torch.Tensor) -> list[int]:
+    """The instruction's tokens whose mean attention is more than SINK times the median of all of them."""
+    mean = mass_LTI.mean((0, 1))
+    return (mean > SINK * mean.median()).nonzero().flatten().tolist()
+
+
+def mean_mass(model, rows: list[dict], sinks: list[list[int]] | None = None) -> dict:
+    """Means over the dialogues, up to the last turn that all of them have, as JSON numbers.
+
+    rows     see `spans`;  sinks: tokens to leave out of each dialogue's instruction; found here where None
+    returns  by_layer (layers x turns); uniform: by turn, the share of the tokens that are the instruction's, which
+             uniform attention would give; dialogues: how many; sinks, and sink_words: their text
+    """
+    found, masses, shares, words = [], [], [], []
+    for number, row in enumerate(rows):
+        group, (start, end), answers = spans(model.tokenizer, row)
+        mass = instruction_mass(model, group, (start, end), answers)
+        out = find_sinks(mass) if sinks is None else sinks[number]
+        kept = [i for i in range(end - start) if i not in out]
+        found.append(out)
+        masses.append(mass[:, :, kept].sum(-1))
+        shares.append([len(kept) / ((a + b) / 2) for a, b in answers])
+        words += [model.tokenizer.decode([group.prompt[start + i]], skip_special=False) for i in out]
+    turns, count = min(mass.shape[1] for mass in masses), len(rows)
+    return {
+        "by_layer": (sum(mass[:, :turns] for mass in masses) / count).tolist(),
+        "uniform": [sum(share[t] for share in shares) / count for t in range(turns)],
+        "dialogues": count, "sinks": found, "sink_words": words,
+    }  # fmt: skip

@@ -51,7 +51,7 @@ def show_table(result: dict) -> None:
     if mass:
         ends = "; ".join(
             f"{name} {_by_turn(mass[name])[0]:.4f} at turn 1, {_by_turn(mass[name])[-1]:.4f} at turn "
-            f"{len(mass[name]['dialogues'])}"
+            f"{len(mass[name]['uniform'])}"
             for name, _ in MODELS
         )
         console.print(f"attention on the instruction: {ends}", highlight=False)
@@ -112,7 +112,7 @@ def _by_turn(mass: dict) -> list[float]:
 def mass_figure(mass: dict) -> str:
     """Mean attention on the instruction's tokens by turn, before and after, and their share of all tokens."""
     fig, ax = figure(6.4, 3.2)
-    turns = range(1, len(mass["before"]["dialogues"]) + 1)
+    turns = range(1, len(mass["before"]["uniform"]) + 1)
     words = []
     for name, colour in MODELS:
         values = _by_turn(mass[name])

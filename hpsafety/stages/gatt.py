@@ -239,7 +239,7 @@ def report(cfg, dtype: torch.dtype, limit: int, counts: dict, held_questions: in
         model = load_model(path, dtype)
         tokens = tokens or tokens_per_turn(pictured, model.tokenizer)
         if pictured:
-            mass[name] = mean_mass(model, pictured)
+            mass[name] = mean_mass(model, pictured, mass["before"]["sinks"] if mass else None)
         del model
     result = {
         "model": cfg.model, "eval_turns": turns, "eval_tokens": cfg.eval_tokens,

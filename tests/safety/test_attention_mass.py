@@ -6,7 +6,7 @@ import torch
 from hpsafety.data.chat import encode_prompt
 from hpsafety.model.io import load_model, save_model
 from hpsafety.safety import attention_mass
-from hpsafety.safety.attention_mass import instruction_mass, mean_mass, spans
+from hpsafety.safety.attention_mass import find_sinks, instruction_mass, mean_mass, spans
 from tests.stages.conftest import write_tokenizer
 from tests.tiny import tiny_model
 
@@ -50,8 +50,8 @@ def test_mass_equals_a_plain_forward(model, monkeypatch):
     for rows in (64, 1, 2):
         monkeypatch.setattr(attention_mass, "ROWS", rows)
         mass = instruction_mass(model, group, instruction, answers)
-        assert mass.shape == (2, 3) and torch.allclose(mass, expected, atol=1e-6)
-    everything = instruction_mass(model, group, (0, len(tokens_of(group))), answers)
+        assert mass.shape == (2, 3, 8) and torch.allclose(mass, expected, atol=1e-6)
+    everything = instruction_mass(model, group, (0, len(tokens_of(group))), answers).sum(-1)
     assert torch.allclose(everything, torch.ones(2, 3, dtype=torch.float64), atol=1e-6)
 
 
@@ -74,21 +74,40 @@ def by_hand(model, tokens, instruction, answers):
         j = q.shape[1] // k.shape[1]
         scores = torch.einsum("shk,thk->hst", q, k.repeat_interleave(j, 1)) / c.head_dim**0.5
         weights = scores.masked_fill(torch.ones(count, count).triu(1).bool(), -torch.inf).softmax(-1)
-        part = weights[..., instruction[0] : instruction[1]].sum(-1).mean(0)
-        out.append([float(part[a - 1 : b - 1].mean()) for a, b in answers])
+        part = weights[..., instruction[0] : instruction[1]].mean(0)
+        out.append(torch.stack([part[a - 1 : b - 1].mean(0) for a, b in answers]))
         mixed = torch.einsum("hst,thk->shk", weights, v.repeat_interleave(j, 1)).flatten(1)
         x = x + mixed @ block.o.double().T
         gate, up = (norm(x, block.mlp_norm) @ w.double().T for w in block.gate_up)
         x = x + (torch.nn.functional.silu(gate) * up) @ block.down.double().T
-    return torch.tensor(out, dtype=torch.float64)
+    return torch.stack(out)
 
 
-def test_mean_over_dialogues_of_different_length(model):
-    short = ROW | {"said": ["c"]}
-    one, two = mean_mass(model, [ROW]), mean_mass(model, [short])
-    both = mean_mass(model, [ROW, short])
-    assert both["dialogues"] == [2, 1, 1] and [len(row) for row in both["by_layer"]] == [3, 3]
+def test_mean_over_dialogues(model):
+    """Up to the last turn that all have; without the sinks, which the model before training names for both."""
+    short = ROW | {"said": ["c", "a b"]}
+    one, two = mean_mass(model, [ROW], [[]]), mean_mass(model, [short], [[]])
+    both = mean_mass(model, [ROW, short], [[], []])
+    assert (
+        both["dialogues"] == 2
+        and [len(row) for row in both["by_layer"]] == [2, 2]
+        and len(one["uniform"]) == 3
+    )
     for layer in range(2):
         a, b = one["by_layer"][layer], two["by_layer"][layer]
-        assert both["by_layer"][layer] == pytest.approx([(a[0] + b[0]) / 2, a[1], a[2]])
+        assert both["by_layer"][layer] == pytest.approx([(a[0] + b[0]) / 2, (a[1] + b[1]) / 2])
     assert one["uniform"][0] > one["uniform"][2] > 0
+    group, span, answers = spans(model.tokenizer, ROW)
+    mass = instruction_mass(model, group, span, answers)
+    less = mean_mass(model, [ROW], [[0, 3]])
+    assert torch.allclose(torch.tensor(less["by_layer"]), mass[:, :, [1, 2, 4, 5, 6, 7]].sum(-1).float())
+    assert less["sink_words"] == ["d", "i"] and less["uniform"][0] == pytest.approx(6 / 8 * one["uniform"][0])
+
+
+def test_sinks():
+    """A token far above the others, in the mean over layers and turns; words that matter a little more are none."""
+    mass = torch.full((4, 3, 9), 0.0005, dtype=torch.float64)
+    mass[:, :, 2] *= 5
+    assert find_sinks(mass) == []
+    mass[1:3, :, 7] = 0.3
+    assert find_sinks(mass) == [7]
