@@ -57,6 +57,11 @@ COMMANDS = {
         "PPOConfig",
         "hpsafety.stages.ppo:run",
     ),
+    "distill": (
+        "safety context distillation: sample with a preprompt, learn without it what the safety model prefers",
+        "DistillConfig",
+        "hpsafety.stages.distill:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

@@ -18,6 +18,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 _ELSEWHERE = {
     "config_sampling": ("ScoreConfig", "SampleConfig", "ChatConfig", "RejectConfig"),
     "config_ppo": ("PPOConfig",),
+    "config_distill": ("DistillConfig",),
     "config_tools": ("DemoConfig", "ProfileConfig", "BenchConfig", "BenchCompareConfig"),
 }
 
