@@ -62,7 +62,9 @@ class DistillConfig(TrainConfig):
         known = self.kv_memory is None or memory_bytes(self.kv_memory) is not None
         require(self, "kv_memory", known, "a size such as 512MB or 2GB")
         if self.teacher and self.target != "kl":
-            raise InputError("--teacher needs --target kl: the target text learns from the model's own samples")
+            raise InputError(
+                "--teacher needs --target kl: the target text learns from the model's own samples"
+            )
         if self.preprompt == "none" and self.target == "kl" and not self.teacher:
             raise InputError(
                 "--target kl with --preprompt none needs --teacher: without a preprompt the model's own weights "

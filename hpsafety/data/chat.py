@@ -64,9 +64,10 @@ def default_system(tokenizer) -> str:
 
     Raises InputError where the template leaves out the system message a chat has, so that none can be given.
     """
-    _check_messages(tokenizer, user := [{"role": "user", "content": "A"}])
-    probe = "\N{LEFT CEILING}system\N{RIGHT CEILING}"
-    given, plain = (_render_for(tokenizer, [*m, *user]) for m in ([{"role": "system", "content": probe}], []))
+    user, probe = {"role": "user", "content": "A"}, "\N{LEFT CEILING}system\N{RIGHT CEILING}"
+    _check_messages(tokenizer, [user])
+    plain = _render_for(tokenizer, [user])
+    given = _render_for(tokenizer, [{"role": "system", "content": probe}, user])
     before, found, after = given.partition(probe)
     if not found:
         raise InputError("the model's chat template takes no system message")

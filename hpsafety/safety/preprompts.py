@@ -58,7 +58,9 @@ def load_library(path: str | None = None) -> Library:
     for label, entry in table["labels"].items():  # of two labels with one spelling the later has it
         spellings |= {normalise(word): label for word in (label, entry["name"], *entry["spellings"])}
         categories |= {normalise(word): label for word in entry["categories"]}
-    answers = {label: _answer(label, entry, table["answer"]["notice"]) for label, entry in table["labels"].items()}
+    answers = {
+        label: _answer(label, entry, table["answer"]["notice"]) for label, entry in table["labels"].items()
+    }
     return Library(generic_preprompts(table["adjectives"], table["generic"]), answers, spellings, categories)
 
 
@@ -74,7 +76,9 @@ def generic_preprompts(adjectives: Sequence[str], templates: dict[str, list[str]
                 text = form
                 for number, adjective in enumerate(chosen, start=1):
                     text = text.replace(f"{{adj{number}}}", adjective)
-                out.append(Preprompt("/".join(["generic", name, *(["-".join(chosen)] if chosen else [])]), text))
+                out.append(
+                    Preprompt("/".join(["generic", name, *(["-".join(chosen)] if chosen else [])]), text)
+                )
     return tuple(out)
 
 
@@ -95,6 +99,12 @@ def label_of(row: dict, library: Library) -> str | None:
     if said is not None and said.strip():
         return library.spellings.get(normalise(said))
     return library.categories.get(normalise(row.get("category") or ""))
+
+
+def said_risk(row: dict) -> str:
+    """What the row says of its risk, for counts: its risk_label or, without one, its category."""
+    said = (row.get("risk_label") or "").strip() or row.get("category")
+    return normalise(said or "") or "nothing said"
 
 
 def choose_generic(library: Library, index: int, seed: int) -> Preprompt:
@@ -153,18 +163,24 @@ def _read(path: Path) -> dict:
         _known(path, "answer.", _table(path, "answer", table["answer"]), ("notice",))
         notice = _texts(path, "answer.notice", [table["answer"].get("notice")])[0]
         if "{label}" not in _slots(path, "answer.notice", notice, ("label",)):
-            raise file_error(path, "key answer.notice: lacks the slot {label}, which tells the model the risk")
+            raise file_error(
+                path, "key answer.notice: lacks the slot {label}, which tells the model the risk"
+            )
         out["answer"] = {"notice": notice}
     if "labels" in table:
         labels = _table(path, "labels", table["labels"])
-        out["labels"] = {label: _label(path, f"labels.{label}", entry, label) for label, entry in labels.items()}
+        out["labels"] = {
+            label: _label(path, f"labels.{label}", entry, label) for label, entry in labels.items()
+        }
     return out
 
 
 def _label(path: Path, key: str, entry, label: str) -> dict:
     _known(path, f"{key}.", _table(path, key, entry), ("name", "spellings", "categories", "steps"))
     if not entry.get("steps"):
-        raise file_error(path, f"key {key}.steps: there are no steps; expected a list of at least one sentence")
+        raise file_error(
+            path, f"key {key}.steps: there are no steps; expected a list of at least one sentence"
+        )
     steps = _texts(path, f"{key}.steps", entry["steps"])
     return {
         "name": _texts(path, f"{key}.name", [entry.get("name", label)])[0],

@@ -13,7 +13,8 @@ from torch import nn
 
 from hpsafety.train import phases
 
-ENTRY_POINTS = ("logprobs", "nll", "rewards", "values")  # methods beside forward that use parameters
+# Methods beside forward that use parameters.
+ENTRY_POINTS = ("logprobs", "nll", "rewards", "values", "trained_rows", "divergence")
 
 
 @dataclass(frozen=True)
