@@ -143,7 +143,8 @@ class Llama(Trunk):
 
     def trained_rows(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden (n, D) that predicts the trained tokens, head weight (V, D)): all that distillation asks of a
-        teacher; other rows end at the last block's attention."""
+        teacher; other rows end at the last block's attention. The head of a sharded model stays gathered after its
+        forward (FSDP2 does not reshard the root), which is why this is no entry point of its own."""
         return self(batch, batch.predict_rows[batch.train_mask]), self.head_weight
 
     def divergence(self, batch, teacher_hidden, teacher_weight, kind: str, num_tokens) -> torch.Tensor:

@@ -140,7 +140,11 @@ def drop_too_long(asked: list[Asked], held: dict[str, list[Asked]], fits):
             "--max-new-tokens, raise --max-length or give shorter prompts"
         )
     lost = sum(map(len, held.values())) - sum(map(len, kept_held.values()))
-    return kept, kept_held, {"dropped_too_long": len(asked) - len(kept), "held_out_dropped_too_long": lost}
+    return (
+        kept,
+        kept_held,
+        {"prompts_dropped_too_long": len(asked) - len(kept), "held_out_dropped_too_long": lost},
+    )
 
 
 def start_anew(out: RunDir, world) -> None:

@@ -386,7 +386,7 @@ def test_too_long_prompts_are_dropped_and_counted(model_dir, judges, data, tmp_p
     write_records(data, rows)
     distill.run(config(model_dir, judges, data, tmp_path / "run", select="all"))
     counts = json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]
-    assert counts["dropped_too_long"] == 1
+    assert counts["prompts_dropped_too_long"] == 1
     assert {row["id"] for row in iter_records(tmp_path / "run" / "train.jsonl", "demonstration")} <= {
         f"p{i}" for i in range(1, 8)
     }

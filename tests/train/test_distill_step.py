@@ -17,7 +17,7 @@ from hpsafety.model.names import hf_names, split
 from hpsafety.model.tokenizer import Tokenizer
 from hpsafety.train.distill_step import DistillGroup, distill_group, divergence_loss
 from hpsafety.train.distributed import World
-from hpsafety.train.finetune import count_trained
+from hpsafety.train.finetune import count_trained, encode
 from hpsafety.train.optim import AdamW
 from hpsafety.train.step import train_step
 from tests.stages.conftest import TEMPLATE, tiny_tokenizer
@@ -177,3 +177,19 @@ def test_groups_of_a_prompt():
     )
     assert group.train == group.teacher.train == [[True] * 4, [True, False]]
     assert len(group.teacher.prompt) - len(group.prompt) == len("be wise\n\n")
+
+
+def test_the_text_target_trains_the_sample_alone():
+    """CD-4, SFT-1: the mask is 1 on every token of the sample and 0 on the dialogue before it, its answers included."""
+    tokenizer = Tokenizer(tiny_tokenizer(), {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"})
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "bad"},
+        {"role": "user", "content": "b"},
+    ]
+    group = encode(tokenizer, {"prompt": chat, "response": "yes"}, "last")
+    end = tokenizer.end_of_turn_id
+    trained = [token for token, flag in zip(group.responses[0], group.train[0], strict=True) if flag]
+    assert trained == [*tokenizer.encode_plain("yes"), end] == group.responses[0][-4:]
+    batch = pack([group])
+    assert batch.num_trained == 4 and not batch.train_mask[:-4].any()
