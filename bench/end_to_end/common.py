@@ -21,10 +21,11 @@ Group = tuple[list[int], list[list[int]]]  # token ids of a prompt and of each o
 class Settings:
     """One benchmark: model is a Hugging Face directory; the micro-batch budgets change speed and memory only.
 
-    work    sft, reward or score: a contender NAME is run by the file WORK_NAME.py
+    work    sft, reward, score or distill: a contender NAME is run by the file WORK_NAME.py
     groups  prompts of k responses each; batch: groups per optimiser step (not for score)
     prompt_tokens, response_tokens  median lengths of a log-normal distribution; spread: its sigma
     reward_models                   directories of sequence classifiers, of the same shape as `model`
+    preprompt_tokens                before every prompt that distillation's teacher reads
     """
 
     model: str
@@ -36,6 +37,7 @@ class Settings:
     response_tokens: int = 40
     spread: float = 1.0
     reward_models: tuple[str, ...] = ()
+    preprompt_tokens: int = 0
     tokens_per_batch: int = 2048
     peer_tokens_per_batch: int = 2048
     precision: str = "fp32"
@@ -89,6 +91,12 @@ def warm_up_groups(settings: Settings) -> list[Group]:
     ]
 
 
+def preprompt(settings: Settings) -> list[int]:
+    """What distillation's teacher reads before every prompt."""
+    rng = np.random.default_rng(settings.seed + 2)
+    return _ids(rng, settings.config["vocab_size"], settings.preprompt_tokens)
+
+
 def steps(settings: Settings) -> list[list[Group]]:
     """The warm-up step, then the data in order, `batch` groups a step."""
     groups = make_groups(settings)
@@ -109,21 +117,25 @@ def count_tokens(groups: list[Group]) -> int:
 def needed_flops(settings: Settings) -> float:
     """Strictly needed FLOPs of the timed work, nothing recomputed, nothing padded; training is 3 x forward.
 
-    Forward: linear layers once per token, attention's causal pairs; SFT's head on response tokens only. A reward model
-    has no token head and is read at last rows: other rows of the last block need their keys and values alone.
+    Forward: linear layers once per token, attention's causal pairs; SFT's head on response tokens only.
+    Distillation adds its teacher's forward, behind the preprompt. A reward model has no token head and is read at last
+    rows: other rows of the last block need their keys and values alone.
     """
     from hpsafety import PromptGroup
     from hpsafety.model.config import from_hf
     from hpsafety.train.work import forward_flops
 
     config = from_hf(settings.config)
-    trained = settings.work == "sft"
+    trained = settings.work in ("sft", "distill")
     passes = len(settings.reward_models) if settings.work == "score" else 3
     total = 0.0
     for prompt, responses in make_groups(settings):
         masks = [[trained] * len(response) for response in responses]
         total += forward_flops(config, PromptGroup(prompt, responses, masks))
         total -= 0 if trained else _not_needed_in_the_last_block(config, prompt, responses)
+        if settings.work == "distill":  # the teacher's forward, a third of the student's passes
+            behind = PromptGroup([*preprompt(settings), *prompt], responses)
+            total += forward_flops(config, behind) / passes
     return passes * total
 
 

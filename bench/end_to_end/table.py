@@ -52,6 +52,7 @@ def _title(settings: Settings) -> str:
     budget, peers = settings.tokens_per_batch, settings.peer_tokens_per_batch
     what = {
         "sft": f"SFT: {settings.groups} pairs, batch {settings.batch}",
+        "distill": f"distillation: {settings.groups} prompts of {settings.k}, batch {settings.batch}",
         "reward": f"reward model: {settings.groups} preference pairs, batch {settings.batch}",
         "score": f"scores of {settings.groups} groups of {settings.k} by two reward models",
     }[settings.work]
