@@ -111,8 +111,7 @@ def scoring(folder: Path, cfg, dtype) -> ScoreConfig:
 def _joined(asked: Sequence[Asked], files: Sequence[Path]):
     """One group per prompt: its bare prompt and the answers of all conditions, in their order."""
     for one, *groups in zip(asked, *(iter_records(path, "group") for path in files), strict=True):
-        fields = {name: value for name, value in one.row.items() if name != "samples"}
-        yield fields | {"responses": [text for group in groups for text in group["responses"]]}
+        yield one.row | {"responses": [text for group in groups for text in group["responses"]]}
 
 
 def _read(folder: Path, names: list[str], files: Sequence[Path], k: int) -> list[dict[str, list[Answer]]]:

@@ -31,10 +31,10 @@ def number(value: float | None, form: str = ".3f") -> str:
 
 
 def mean(row: dict) -> str:
-    """0.512 (0.480 to 0.544)."""
+    """0.512 (0.480, 0.544)."""
     if row["low"] is None:
         return number(row["mean"])
-    return f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+    return f"{row['mean']:.3f} ({row['low']:.3f}, {row['high']:.3f})"
 
 
 def cells(m: dict) -> tuple[str, ...]:
@@ -71,8 +71,7 @@ def show_tables(result: dict) -> None:
     for title, part in parts.items():
         table = Table("asked with", *SHORT, title=title)
         for name, m in part.items():
-            safety = [number(m["safety"][key]) for key in ("mean", "low", "high")]
-            table.add_row(name, str(m["n"]), "{} ({}-{})".format(*safety), str(rate_of(m["refusal"])))
+            table.add_row(name, str(m["n"]), mean(m["safety"]), str(rate_of(m["refusal"])))
         Console().print(table)
 
 
@@ -81,7 +80,7 @@ def write_page(result: dict, path: Path) -> None:
     environment = Environment(loader=PackageLoader("hpsafety", "report"), autoescape=True)
     page = environment.get_template("distill.html").render(
         title="Safety context distillation", result=result, header=HEADER, rows=rows, decided=decided(result),
-        names=NAMES, mean=mean, rate=rate_of,
+        names=NAMES, mean=mean,
         distributions=Markup(distributions(result["arms"], "Safety scores of the samples")),
         gains=Markup(gain_figure(result["gain"])),
         heldout={

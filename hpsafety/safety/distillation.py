@@ -19,6 +19,7 @@ from hpsafety.train.finetune import encode
 
 RUN_WORDS = 8  # so many words of a preprompt in a row are its text; a shorter one counts whole
 EMPTY, LEAKED = "empty answer", "repeats the preprompt"
+ANSWERS = ("response", "responses", "samples")  # a file of groups or demonstrations is a file of prompts too
 HELD_OUT = ("valid", "test_safety", "test_borderline", "test_help")
 
 
@@ -38,18 +39,17 @@ class Answer:
 
 
 def sort_rows(rows: Sequence[dict], all_safety: bool) -> tuple[list[dict], dict[str, list[dict]], dict]:
-    """(adversarial prompts to distill, held-out prompts by set, counts); every row gets an id.
+    """(adversarial prompts to distill, held-out prompts by set, counts); every row gets an id, and loses answers it
+    may bring.
 
     Never on helpful prompts (CD-3): a row that is not marked is_safety is left out and counted, and so is one whose
     prompt another row calls helpful. all_safety takes rows that say neither as adversarial.
-    Raises InputError when two rows share an id, when a prompt is also held out (DATA-3), and when nothing is left.
+    Raises InputError when two prompts share an id, when one is also held out (DATA-3), and when nothing is left.
     """
     rows = [
-        row if row.get("id") is not None else row | {"id": f"row-{i}"} for i, row in enumerate(rows, start=1)
+        {"id": f"row-{i}"} | {k: v for k, v in row.items() if k not in ANSWERS and (k, v) != ("id", None)}
+        for i, row in enumerate(rows, start=1)
     ]
-    repeated = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if repeated:
-        raise InputError(f"the id {repeated[0]!r} stands on two rows; the decision log needs ids that differ")
     ours = [row for row in rows if row.get("split") in (None, "train", "rt_train")]
     held = {name: [] for name in ("adversarial", "borderline", "helpful")}
     for row in rows:
@@ -74,6 +74,11 @@ def sort_rows(rows: Sequence[dict], all_safety: bool) -> tuple[list[dict], dict[
             f"no adversarial prompt is left: of {len(ours)} rows to train on {counts['excluded_not_safety']} are not "
             "marked is_safety (distillation is never done on helpful prompts; --all-safety takes rows without the "
             "mark), and the others are repeated or called helpful elsewhere"
+        )
+    repeated = [name for name, count in Counter(row["id"] for row in kept).items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"the id {repeated[0]!r} stands on two prompts; the decision log needs ids that differ"
         )
     check_disjoint(kept, [row for part in held.values() for row in part])
     return kept, held, counts

@@ -79,7 +79,7 @@ def finetune(
     loss  loss(model, batch, denominator) -> scalar; the denominator counts trained tokens
     """
     if not valid and world.is_main:
-        log.info("no rows with split valid: early stopping is off")
+        log.info("no held-out rows are watched: early stopping is off")
     model = distributed.shard(model.to(world.device), world, dtype)
     model.recompute = cfg.recompute
     settings = stage.fit_settings(cfg, dtype, cfg.warmup)

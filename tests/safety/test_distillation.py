@@ -50,8 +50,11 @@ def test_held_out_rows_go_to_their_sets():
     assert (counts["held_out"], counts["other_splits"]) == (4, 1)
     with pytest.raises(InputError, match="DATA-3"):
         d.sort_rows([*rows, {"prompt": "BAD", "split": "test_safety", **SAFE}], False)
-    with pytest.raises(InputError, match="the id 'x' stands on two rows"):
-        d.sort_rows([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], False)
+    with pytest.raises(InputError, match="the id 'x' stands on two prompts"):
+        d.sort_rows([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x", "responses": ["c"]}], True)
+    assert d.sort_rows([{"prompt": "b", "id": "x", "responses": ["c"]}], True)[0] == [
+        {"prompt": "b", "id": "x"}
+    ]
 
 
 @pytest.mark.parametrize("select", ["rm", "all"])

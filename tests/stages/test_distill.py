@@ -348,7 +348,7 @@ def test_nothing_kept_stops_with_the_scores(model_dir, judges, data, tmp_path, m
     with pytest.raises(RunError, match="nothing to learn: 0 of 16 samples kept, 16 not above"):
         distill.run(config(model_dir, judges, data, tmp_path / "run"))
     table = capsys.readouterr().out
-    assert "0.250 (0.250-0.250)" in table and "0 of 16 samples kept" in table
+    assert "0.250 (0.250, 0.250)" in table and "0 of 16 samples kept" in table
     assert (
         len(lines(tmp_path / "run" / "decisions.jsonl")) == 16 and not (tmp_path / "run" / "model").exists()
     )
