@@ -193,3 +193,18 @@ def test_the_text_target_trains_the_sample_alone():
     assert trained == [*tokenizer.encode_plain("yes"), end] == group.responses[0][-4:]
     batch = pack([group])
     assert batch.num_trained == 4 and not batch.train_mask[:-4].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_computes_the_same(kind):
+    """A bf16 run's student and teacher: the loss within bf16's 8 bits of fp32's, gradients of its direction."""
+    groups = make_groups()
+    exact, grads = ours(tiny_model(seed=3), groups, tiny_model(seed=4), kind)
+    student, teacher = tiny_model(seed=3), tiny_model(seed=4, dtype=torch.bfloat16).requires_grad_(False)
+    optimizer = AdamW(student, torch.bfloat16)
+    optimizer.step = lambda lr, world: torch.zeros(())
+    loss = divergence_loss(teacher, kind)
+    found = train_step(student, groups, loss, count_trained(groups), optimizer, 0.0, 10**6, ALONE)
+    assert found.loss == pytest.approx(exact, rel=2e-2)
+    for name, grad in zip(optimizer.names, optimizer.main_grads, strict=True):
+        assert torch.nn.functional.cosine_similarity(grad.flatten(), grads[name].flatten(), 0) > 0.99, name
