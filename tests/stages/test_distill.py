@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpsafety import cli
 from hpsafety.config import DistillConfig, SFTConfig
 from hpsafety.data.chat import encode_prompt
 from hpsafety.data.records import iter_records, write_records
@@ -377,6 +378,9 @@ def test_bad_input(model_dir, judges, data, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             run(**changes)
+    words = ["--model", model_dir, "--safety-rm", str(judges / "safety"), "--data", data, "--out", str(out)]
+    assert cli.main(["distill", *words, "--templates", str(bad)]) == 2
+    assert cli.main(["distill", *words, "--select", "best"]) == 2
     assert not out.exists()
 
 
