@@ -57,6 +57,11 @@ COMMANDS = {
         "PPOConfig",
         "hpsafety.stages.ppo:run",
     ),
+    "dpo": (
+        "direct preference optimisation: a policy from preference pairs, without a reward model",
+        "DPOConfig",
+        "hpsafety.stages.dpo:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

@@ -44,13 +44,13 @@ except KeyboardInterrupt as stop:
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def start(cfg, log="", ranks=0) -> subprocess.Popen:
-    script = Path(cfg.out).parent / "worker.py"
-    script.write_text(SCRIPT)
+def start(cfg, log="", ranks=0, script=SCRIPT) -> subprocess.Popen:
+    path = Path(cfg.out).parent / "worker.py"
+    path.write_text(script)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     words = [json.dumps(dataclasses.asdict(cfg)), str(log)]
     return subprocess.Popen(
-        [sys.executable, *launch, str(script), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *launch, str(path), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=ENV, cwd=ROOT,
     )  # fmt: skip
 
