@@ -62,6 +62,11 @@ COMMANDS = {
         "DistillConfig",
         "hpsafety.stages.distill:run",
     ),
+    "dpo": (
+        "direct preference optimisation: a policy from preference pairs, without a reward model",
+        "DPOConfig",
+        "hpsafety.stages.dpo:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

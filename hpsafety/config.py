@@ -159,6 +159,22 @@ class RewardConfig(TrainConfig):
         require(self, "aux_weight", 0 <= self.aux_weight < math.inf, "a number, 0 or greater")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation of a chat model on preference pairs."""
+
+    model: str = option("model to start from, and the frozen reference: HF directory, .gguf file, or smollm2")
+    data: tuple[str, ...] = option("JSON-lines files of preferences, or folders of the datasets library")
+    batch: int = option("pairs per optimiser step, over all ranks", 64)
+    lr: float = option("peak learning rate; a cosine takes it to a tenth", 1e-6)
+    warmup: int | None = option("optimiser steps of linear warm-up; 10 % of them if absent", None)
+    beta: float = option("strength of the pull to the start; smaller lets the model go further", 0.1)
+
+    def __post_init__(self):
+        TrainConfig.__post_init__(self)
+        require(self, "beta", 0 < self.beta < math.inf, "a number greater than 0")
+
+
 def memory_bytes(text: str | None) -> int | None:
     """Bytes of a size such as 512MB, 2GB or 1.5G, in powers of 1024; None where it is no size above 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", (text or "").strip().upper())

@@ -1,4 +1,4 @@
-"""Fine-tuning on demonstrations, which several stages do: loss on answer tokens only (spec section 2)."""
+"""Fine-tuning, which several stages do; on demonstrations with the loss on answer tokens only (spec section 2)."""
 
 import dataclasses
 import logging
@@ -73,17 +73,28 @@ def nll(model, batch, denominator):
 def finetune(
     model, groups: list, valid: list, cfg, dtype: torch.dtype, out, world, title: str, loss: Callable = nll
 ) -> dict:
-    """Trains `model` (fp32, whole, on the CPU) on `groups`, writes OUT/model; returns counts for the manifest.
+    """Trains `model` on demonstrations: see train. valid may be empty: no early stopping.
 
-    cfg   the stage's dataclass with the training flags; out: RunDir, open; valid may be empty: no early stopping
     loss  loss(model, batch, denominator) -> scalar; the denominator counts trained tokens
     """
     if not valid and world.is_main:
         log.info("no held-out rows are watched: early stopping is off")
+    return train(model, groups, valid, loss, count_trained, cfg, dtype, out, world, title)
+
+
+def train(
+    model, groups: list, valid: list, loss, count, cfg, dtype: torch.dtype, out, world, title: str
+) -> dict:
+    """Trains `model` (fp32, whole, on the CPU; it is moved and sharded in place) on `groups`, writes OUT/model; returns
+    counts for the manifest.
+
+    valid, loss, count  as train.loop.fit takes them
+    cfg  the stage's dataclass with the training flags; out: RunDir, open
+    """
     model = distributed.shard(model.to(world.device), world, dtype)
     model.recompute = cfg.recompute
     settings = stage.fit_settings(cfg, dtype, cfg.warmup)
-    done = fit(model, groups, valid, loss, count_trained, settings, out, world, title)
+    done = fit(model, groups, valid, loss, count, settings, out, world, title)
     tensors = stage.whole_weights(model)
     if world.is_main:
         save_state(model.config, tensors, model.tokenizer, model.generation, out.path / "model")
