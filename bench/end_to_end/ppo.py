@@ -18,8 +18,9 @@ from bench.end_to_end.ppo_data import needed_flops
 from bench.machine import machine
 
 PADDED = ("transformers", "transformers-rows")
-KNOWN = {"iteration": ("trl",), "update": PADDED, "logprobs": PADDED}  # part -> hpsafety's peers in it
-CONTENDERS = ("hpsafety", "trl", *PADDED)
+CRITIC = "hpsafety-critic"  # an iteration with GAE and a critic: more work than any other contender's
+KNOWN = {"iteration": (CRITIC, "trl"), "update": PADDED, "logprobs": PADDED}  # part -> hpsafety's peers in it
+CONTENDERS = ("hpsafety", CRITIC, "trl", *PADDED)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -148,7 +149,9 @@ def compete(options, part: str, folder: Path) -> dict:
     work = {
         "tokens_equiv": count_tokens(make_groups(settings)), "samples": settings.groups * settings.k,
         "optimiser_steps": settings.groups // settings.batch,
-        "needed_flops": {name: needed_flops(settings, critic=name != "trl") for name in names},
+        "needed_flops": {
+            name: needed_flops(settings, critic=part != "iteration" or name == CRITIC) for name in names
+        },
     }  # fmt: skip
     summary = ppo_table.summarise(settings, runs, limits, work)
     if part == "iteration" and not options.no_python_share:

@@ -89,7 +89,7 @@ def python_share(settings: Settings) -> dict:
 
     Recording an event costs more than most Python between two of them, so that shares are upper bounds.
     """
-    r = ppo_hpsafety.prepared(settings, settings.lr)
+    r = ppo_hpsafety.prepared(settings, "rloo", settings.lr)
     prompts = [prompt for prompt, _ in make_groups(settings)]
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu) as profiler, phases.recorded_by(_Marks()):

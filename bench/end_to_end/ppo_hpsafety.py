@@ -47,8 +47,11 @@ from hpsafety.train.ppo_step import ActorCritic, TokenRows
 NOTE = "prompt once per group, whole groups packed without padding, head on sampled rows"
 
 
-def run(settings: Settings) -> Run:
-    return {"iteration": iteration, "update": update, "logprobs": logprobs}[settings.part](settings)
+def run(settings: Settings, advantages: str = "rloo") -> Run:
+    """advantages  of an iteration, as hpsafety ppo --advantages"""
+    if settings.part == "iteration":
+        return iteration(settings, advantages)
+    return {"update": update, "logprobs": logprobs}[settings.part](settings)
 
 
 def _dtype(settings: Settings) -> torch.dtype:
@@ -58,16 +61,17 @@ def _dtype(settings: Settings) -> torch.dtype:
 # ---- one iteration ----
 
 
-def iteration(settings: Settings) -> Run:
+def iteration(settings: Settings, advantages: str) -> Run:
     """The phases of one iteration, after one of the shortest prompts and two tokens that is not timed."""
-    r = prepared(settings, NO_RATE)
+    r = prepared(settings, advantages, NO_RATE)
     iterate(r, warm_up_prompts(settings), WARM_UP_TOKENS)
     r = dataclasses.replace(r, cfg=dataclasses.replace(r.cfg, lr=settings.lr))
     prompts = [prompt for prompt, _ in make_groups(settings)]
     start, cpu_start = time.perf_counter(), time.process_time()
     experience, seconds = iterate(r, prompts, settings.response_tokens)
     total, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    note = "GAE with a critic as large as the policy; " + NOTE
+    critic = "a critic as large as the policy" if advantages == "gae" else "no critic"
+    note = f"advantages {advantages}, {critic}; {NOTE}"
     return Run(judged(experience), total, cpu, note, seconds, samples_of(experience))
 
 
@@ -81,12 +85,12 @@ def judged(experience) -> list[float]:
     return [*experience.safety.tolist(), *experience.helpful.tolist(), *sums]
 
 
-def prepared(settings: Settings, lr: float) -> ppo_run.Run:
+def prepared(settings: Settings, advantages: str, lr: float) -> ppo_run.Run:
     """The stage's run without a run directory."""
     world = distributed.init("cpu")
     safety, helpful = settings.reward_models
     cfg = PPOConfig(
-        model=settings.model, safety_rm=safety, helpful_rm=helpful, critic_from=safety, data=("-",), out="-",
+        model=settings.model, safety_rm=safety, helpful_rm=helpful, advantages=advantages, data=("-",), out="-",
         batch=settings.groups * settings.k, minibatch=settings.batch * settings.k, k=settings.k,
         max_new_tokens=settings.response_tokens, lr=lr, tokens_per_batch=settings.tokens_per_batch,
         precision=settings.precision, kl_coef=KL_COEF, seed=settings.seed,
@@ -108,7 +112,7 @@ def iterate(r: ppo_run.Run, prompts: list[list[int]], new_tokens: int):
     with ppo_run.timed(totals, "logprobs"):
         parts = ppo.packed(r, experience)
         experience = ppo.measured(r, experience, parts)
-        _, advantages, returns = experience.advantages(r.kl_coef)
+        _, advantages, returns = experience.advantages(r.kl_coef, r.cfg.advantages)
         rows = TokenRows(experience.old_logprobs, experience.values, advantages, returns)
     for number, minibatch in enumerate(parts):
         ppo.one_step(r, 0, number, minibatch, rows, experience, totals, lambda: False)

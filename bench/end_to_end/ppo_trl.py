@@ -1,9 +1,10 @@
 """TRL's closest maintained online trainer: RLOOTrainer, one iteration.
 
 TRL 1.16 has no PPO trainer any more. RLOOTrainer is nearest: samples from the live policy, takes old and reference
-logprobs, puts the KL penalty into the reward, clips the ratio. It has no critic (advantages are leave-one-out), and its
-ratio and KL are those of whole responses. Prompts are handed over as token ids, and both reward models are reward
-functions on token ids: text would not survive the way there and back, and the functions sort their batches.
+logprobs, puts the KL penalty into the reward, clips the ratio. Like `hpsafety ppo --advantages rloo` it has no critic;
+its ratio and KL are those of whole responses, ours those of tokens. (GRPOTrainer skips the old logprobs where an
+iteration is one step, and puts the KL into the loss.) Prompts are handed over as token ids, and both reward models are
+reward functions on token ids: text would not survive the way there and back, and the functions sort their batches.
 """
 
 import contextlib

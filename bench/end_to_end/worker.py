@@ -10,7 +10,11 @@ import torch
 
 from bench.end_to_end.common import peak_rss_mb, read_settings, write_json
 
-VARIANTS = {"trl-padded": {"padding_free": False}, "transformers-rows": {"response_rows": True}}
+VARIANTS = {
+    "trl-padded": {"padding_free": False},
+    "transformers-rows": {"response_rows": True},
+    "hpsafety-critic": {"advantages": "gae"},
+}
 
 
 def _load(work: str, name: str):
