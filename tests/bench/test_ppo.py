@@ -5,7 +5,7 @@ gradients that differ.
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from bench.end_to_end import ppo, ppo_agree, ppo_data
 from bench.end_to_end.common import Settings, count_tokens, make_groups
 from hpsafety.model.heads import reward_model_from
-from hpsafety.model.io import save_model
+from hpsafety.model.io import load_model, save_model
 from hpsafety.model.reward_io import save_reward_model
+from tests.stages.conftest import write_tokenizer
 from tests.tiny import tiny_model
 
 pytest.importorskip("transformers")
@@ -24,12 +25,13 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo")
-    model = tiny_model(seed=6, max_positions=256)
-    save_model(model, str(folder / "m"))
-    save_reward_model(reward_model_from(model, 3), folder / "rm")
+    save_model(tiny_model(seed=6, max_positions=256), str(folder / "m"))
+    write_tokenizer(folder / "m")
+    for seed in (3, 4):
+        save_reward_model(reward_model_from(load_model(str(folder / "m")), seed), folder / f"rm{seed}")
     return Settings(
         model=str(folder / "m"), work="ppo", part="update", groups=4, k=2, batch=2, prompt_tokens=20,
-        response_tokens=8, spread=0.25, equal_responses=True, reward_models=(str(folder / "rm"),) * 2,
+        response_tokens=8, spread=0.25, equal_responses=True, reward_models=(str(folder / "rm3"), str(folder / "rm4")),
         experience=str(folder / "experience"), tokens_per_batch=128, peer_tokens_per_batch=128, threads=1,
     )  # fmt: skip
 
@@ -109,6 +111,25 @@ def test_both_do_the_same_updates_and_logprobs(settings):
     runs[0]["values"][5] += 1e-3
     with pytest.raises(SystemExit, match="logprobs of transformers and hpsafety differ"):
         ppo.check_values(runs, settings)
+
+
+@pytest.mark.parametrize("advantages", ["rloo", "gae"])
+def test_what_was_sampled_is_judged_anew(settings, tmp_path, monkeypatch, advantages):
+    """A contender that reads its own samples wrongly is found, whatever it sampled."""
+    from bench.end_to_end import ppo_hpsafety
+
+    monkeypatch.setattr(ppo, "child", call)
+    settings = replace(settings, part="iteration")
+    run = asdict(ppo_hpsafety.run(settings, advantages)) | {"contender": "hpsafety"}
+    assert set(run["phases"]) == set(ppo_data.PHASES) and sum(run["phases"].values()) <= run["seconds"]
+    good = [dict(run)]
+    ppo.check_iteration(good, settings, tmp_path)
+    assert good[0]["difference"] < 1e-4
+    for place, what in ((0, "score"), (-1, "sum of logprobs")):
+        values = list(run["values"])
+        values[place] += 0.01
+        with pytest.raises(SystemExit, match=f"{what} of hpsafety"):
+            ppo.check_iteration([run | {"values": values}], settings, tmp_path)
 
 
 def test_equal_work_is_counted(settings):
