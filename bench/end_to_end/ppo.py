@@ -98,13 +98,16 @@ def agree_on_gradients(settings: Settings, peers: list[str], folder: Path, call:
 def check_values(runs: list[dict], settings: Settings) -> None:
     """Exits 1 unless the peers' first loss of an update, or all logprobs and values, are hpsafety's."""
     ours = next(run for run in runs if run["contender"] == "hpsafety")
+    precision, part = settings.precision, settings.part
     for run in runs:
-        if settings.part == "update":
-            found, wanted, tolerance = run["values"][:1], ours["values"][:1], ppo_agree.LOSS
+        pair = run["values"], ours["values"]
+        if part == "update":
+            first = [values[:1] for values in pair]
+            off = ppo_agree.values("loss", run["contender"], *first, ppo_agree.LOSS[precision])
         else:
-            found, wanted, tolerance = run["values"], ours["values"], ppo_agree.LOGPROB
-        tolerance = tolerance[settings.precision]
-        run["difference"] = ppo_agree.values(settings.part, run["contender"], found, wanted, tolerance)
+            limit = ppo_agree.LOGPROB[precision]
+            off = ppo_agree.values(part, run["contender"], *pair, limit, rms=precision == "bf16")
+        run["difference"] = off
 
 
 def check_iteration(runs: list[dict], settings: Settings, folder: Path) -> None:
@@ -115,15 +118,12 @@ def check_iteration(runs: list[dict], settings: Settings, folder: Path) -> None:
     for run in (run for run in runs if "difference" not in run):
         ppo_agree.lengths(run, count, settings.response_tokens)
         write_json(path, run)
-        wanted = child("ppo_child", "judge", str(settings_path), str(path), threads=settings.threads)[
-            "values"
-        ]
-        found, low = run["values"], settings.precision
-        scores, sums = slice(count * models), slice(count * models, None)
-        off = ppo_agree.values("score", run["contender"], found[scores], wanted[scores], ppo_agree.SCORE[low])
-        far = ppo_agree.values(
-            "sum of logprobs", run["contender"], found[sums], wanted[sums], ppo_agree.LOGPROB_SUM[low]
-        )
+        judged = child("ppo_child", "judge", str(settings_path), str(path), threads=settings.threads)
+        name, pair, precision = run["contender"], (run["values"], judged["values"]), settings.precision
+        scores, sums = ([v[: count * models] for v in pair], [v[count * models :] for v in pair])
+        off = ppo_agree.values("score", name, *scores, ppo_agree.SCORE[precision])
+        limit = ppo_agree.LOGPROB_SUM[precision] * settings.response_tokens**0.5
+        far = ppo_agree.values("sum of logprobs", name, *sums, limit, rms=precision == "bf16")
         run["difference"] = max(off, far)
 
 
