@@ -144,5 +144,5 @@ def run(settings: Settings) -> Run:
     note = (
         f"RLOOTrainer (no critic), left-padded, sdpa with a mask, {arguments['per_device_train_batch_size']} samples a "
         "micro-batch, no gradient checkpointing, fused AdamW; rewards sorted"
-    )
+    ) + (", bf16 autocast, reward models in bf16" if settings.precision == "bf16" else "")
     return Run(values, end - start, cpu_end - cpu_start, note, seconds, trainer.record["samples"])
