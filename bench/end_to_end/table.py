@@ -91,6 +91,10 @@ def _print_context(summary: dict, machine: dict) -> None:
     print("best routes: " + ", ".join(best))
     for name, row in summary["contenders"].items():
         print(f"{name}: {row['note']}")
+    print_machine(machine)
+
+
+def print_machine(machine: dict) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     print(f"{machine['cpu']}, {machine['torch_capability']}, {machine['cores']} cores; {versions}")
     print(f"load average at the start: {machine['load_average'][0]:.1f}")
