@@ -17,7 +17,7 @@ __all__ = ["best_of", "combine", "measure"]
 
 
 def shapes(settings: Settings) -> list[Shape]:
-    """The model's linear layers at a full micro-batch; but for scoring also the head, at a block of rows."""
+    """The model's linear layers at a full micro-batch; where tokens are predicted also the head, at a block of rows."""
     groups = make_groups(settings)
     response_tokens = sum(len(response) for _, response in rows(groups))
     all_tokens = response_tokens + sum(len(prompt) for prompt, _ in groups)
