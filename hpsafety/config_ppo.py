@@ -55,6 +55,9 @@ class PPOConfig:
         "memory for keys and values, as 2GB; a quarter of what is free if absent", None
     )
     max_batch: int = option("sequences decoded at once, at most", 64)
+    batch_invariant: bool = option(
+        "sampler and trainer take every sum in one order: the same logprobs to the bit", False
+    )
     weight_decay: float = option("decoupled weight decay, on all but norms and biases", 0.1)
     clip: float = option("largest global gradient norm, of policy and critic each", 1.0)
     beta1: float = option("AdamW: decay of the first moment per step", 0.9)
