@@ -1,10 +1,11 @@
 """The sampler's log-probabilities against the training pass's, default and --batch-invariant, and the latter's cost.
 
-    OMP_NUM_THREADS=2 python -m bench.trials.invariant --json bench/results/invariant.json
+    OMP_NUM_THREADS=1 python -m bench.trials.invariant --json bench/results/invariant.json
 
 The built-in model answers the built-in prompts; nothing stops early, so that both modes do the same work. The training
 pass is PPO's: packed micro-batches, log-probabilities with entropies, no gradients. Modes alternate and the least time
-of each counts. Runs of one mode must repeat to the bit, or the trial stops.
+of each counts: CPU seconds of all threads, which other programs disturb less than the clock, beside seconds by the
+clock. Runs of one mode must repeat to the bit, or the trial stops.
 """
 
 import argparse
@@ -38,27 +39,34 @@ TITLES = (
     "mean difference",
     "largest",
     "bit-equal",
-    "rollout s",
-    "logprobs s",
+    "rollout, CPU s",
+    "logprobs, CPU s",
     "cost",
 )
+
+
+def now() -> tuple[float, float]:
+    """CPU seconds of this process, seconds by the clock."""
+    return time.process_time(), time.perf_counter()
 
 
 def run_once(model, prompts, k: int, tokens: int, invariant: bool) -> dict:
     """A rollout and a training pass over it: both sides' logprobs in order (group, response, token), and seconds."""
     settings = Settings(max_new_tokens=tokens, seed=0, batch_invariant=invariant, kv_memory=2**30)
-    started = time.perf_counter()
+    marks = [now()]
     engine = Engine(model, settings)
     found = dict(engine.groups(Request(prompt, k, i) for i, prompt in enumerate(prompts)))
-    sampled = time.perf_counter()
+    marks.append(now())
     samples = [found[i] for i in range(len(prompts))]
     groups = [PromptGroup(p, [s.tokens for s in own]) for p, own in zip(prompts, samples, strict=True)]
     parts = pack_minibatches(model, groups, len(groups), TOKENS_PER_BATCH, WORLD, join_single=not invariant)
     count = len(prompts) * k * tokens
     trained, _ = measure(parts, lambda batch: model.logprobs(batch, 1.0, True), 2, count, WORLD)
+    marks.append(now())
+    seconds = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(marks)]
     return {
         "sampler": torch.tensor([x for own in samples for s in own for x in s.logprobs]), "trainer": trained,
-        "rollout_s": sampled - started, "logprobs_s": time.perf_counter() - sampled,
+        "rollout": seconds[0], "logprobs": seconds[1],
     }  # fmt: skip
 
 
@@ -77,7 +85,8 @@ def compare(model, prompts, k: int, tokens: int, runs: int) -> list[dict]:
         rows.append({
             "mode": mode, "k": k, "tokens": len(gap), "mean": float(gap.mean()), "max": float(gap.max()),
             "bit_equal": float((gap == 0).double().mean()),
-            "rollout_s": [run["rollout_s"] for run in timed], "logprobs_s": [run["logprobs_s"] for run in timed],
+            **{f"{name}_{what}": [round(run[name][at], 3) for run in timed]
+               for name in ("rollout", "logprobs") for at, what in enumerate(("cpu_s", "s"))},
         })  # fmt: skip
     return rows
 
@@ -89,10 +98,10 @@ def table(rows: list[dict]) -> str:
         (base,) = (
             r for r in rows if (r["precision"], r["k"], r["mode"]) == (row["precision"], row["k"], "default")
         )
-        rollout, logprobs = (min(row[name]) / min(base[name]) for name in ("rollout_s", "logprobs_s"))
+        rollout, logprobs = (min(row[name]) / min(base[name]) for name in ("rollout_cpu_s", "logprobs_cpu_s"))
         cells = [
             row["precision"], str(row["k"]), row["mode"], f"{row['mean']:.1e}", f"{row['max']:.1e}",
-            f"{100 * row['bit_equal']:.2f} %", f"{min(row['rollout_s']):.2f}", f"{min(row['logprobs_s']):.2f}",
+            f"{100 * row['bit_equal']:.2f} %", f"{min(row['rollout_cpu_s']):.1f}", f"{min(row['logprobs_cpu_s']):.1f}",
             f"x{rollout:.2f}, x{logprobs:.2f}",
         ]  # fmt: skip
         lines.append(" | ".join(cells))
