@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpsafety.config import DemoConfig, RejectConfig, RewardConfig, SFTConfig
+from hpsafety.config import DemoConfig, PPOConfig, RejectConfig, RewardConfig, SFTConfig
 from hpsafety.data.batches import group_tokens
 from hpsafety.data.chat import encode_dialogue, encode_prompt, encode_response
 from hpsafety.data.demo import path as demo_path
@@ -26,14 +26,15 @@ from hpsafety.files import atomic_write
 from hpsafety.model.io import load_model
 from hpsafety.report.demo import terminal_tables, write_report
 from hpsafety.safety.measure import SETS, Measured, measure, score_answers
-from hpsafety.stages import reject, reward, sft
+from hpsafety.stages import ppo, reject, reward, sft
 from hpsafety.train import precision
-from hpsafety.train.metrics import say
+from hpsafety.train.metrics import read_metrics, say
 
 MODEL = "smollm2"
 KINDS = ("safety", "helpfulness")
 SHARES = {"safety": (9, 1), "helpfulness": (1, 1)}  # safety pairs to helpfulness pairs (RM-6)
-RUNS = ("sft", "reward-safety", "reward-helpfulness", "reject")
+RUNS = ("sft", "reward-safety", "reward-helpfulness", "reject", "ppo")
+PPO_GROUPS = 8  # prompts per iteration of PPO, cfg.k answers each
 SAMPLES_PER_SET = 2
 
 
@@ -86,16 +87,16 @@ def choose_pairs(rows: list[dict], tokenizer, kind: str, tokens: int, seed: int)
     return [row for block in within(blocks, size, tokens) for row in block]
 
 
-def choose_prompts(rows: list[dict], used: list[dict], tokenizer, cfg: DemoConfig) -> list[dict]:
-    """Prompts for rejection sampling, the kinds in turn, none of the fine-tuning's; all their samples together hold at
-    most cfg.reject_tokens tokens."""
+def choose_prompts(rows: list[dict], used: list[dict], tokenizer, tokens: int, cfg: DemoConfig) -> list[dict]:
+    """Prompts to sample from, the kinds in turn, none of those used; all their samples together hold at most `tokens`
+    tokens."""
     seen = {row["id"] for row in used}
     fresh = [row for row in rows if row["id"] not in seen]
 
     def size(row):
         return len(encode_prompt(tokenizer, row["prompt"])) + cfg.k * cfg.answer_tokens
 
-    chosen = within(in_turn(fresh, cfg.seed + 1), size, cfg.reject_tokens)
+    chosen = within(in_turn(fresh, cfg.seed + 1), size, tokens)
     return [{name: value for name, value in row.items() if name != "response"} for row in chosen]
 
 
@@ -143,6 +144,18 @@ def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
     ))  # fmt: skip
 
 
+def reinforce(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
+    """PPO from the best-of-K model, once over the prompts, PPO_GROUPS of them an iteration."""
+    write_records(out / "data" / "prompts-ppo.jsonl", prompts)
+    batch = PPO_GROUPS * cfg.k
+    ppo.run(PPOConfig(
+        model=str(out / "reject" / "model"), data=(str(out / "data" / "prompts-ppo.jsonl"),), out=str(out / "ppo"),
+        k=cfg.k, batch=batch, minibatch=batch // 2, iterations=len(prompts) // PPO_GROUPS, lr=cfg.ppo_lr,
+        max_new_tokens=cfg.answer_tokens, seed=cfg.seed, device=cfg.device, precision=cfg.precision,
+        checkpoint_every=0, **{f"{name}_rm": path for name, path in judges(out).items()},
+    ))  # fmt: skip
+
+
 def pick_samples(prompts: dict[str, list[dict]], models: list[Measured]) -> list[dict]:
     """Five questions and every model's answer: of each set, those whose verdict changed first, in file order."""
     samples = []
@@ -157,25 +170,22 @@ def pick_samples(prompts: dict[str, list[dict]], models: list[Measured]) -> list
     return samples[:5]
 
 
-def read_metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def _opening(cfg: DemoConfig) -> None:
     print(
         f"hpsafety demo: {MODEL} (135M parameters, already instruction-tuned by its makers), mild synthetic data.\n"
         f"  1. fine-tuning on at most {cfg.train_tokens:,} tokens of demonstrations\n"
         f"  2. two reward models, of safety and of helpfulness, each on at most {cfg.reward_tokens:,} tokens of pairs\n"
         f"  3. rejection sampling: {cfg.k} answers a prompt, {cfg.reject_tokens:,} tokens at most, the best is learnt\n"
-        f"{3 * cfg.eval_prompts} held-out questions are asked before, after 1 and after 3.\n"
-        f"Expect 4 to 9 minutes on two cores, under 5 GB of memory.\nOutput: {cfg.out}/\n",
+        f"  4. PPO with both reward models, on {cfg.ppo_tokens:,} sampled tokens at most\n"
+        f"{3 * cfg.eval_prompts} held-out questions are asked before, and after 1, 3 and 4.\n"
+        f"Expect 6 to 12 minutes on two cores, under 7 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
 
 def run(cfg: DemoConfig) -> None:
-    """hpsafety demo: OUT/sft, OUT/reward-*, OUT/reject (run directories), OUT/data, OUT/demo.json, OUT/report.html, a
-    table on the terminal."""
+    """hpsafety demo: OUT/sft, OUT/reward-*, OUT/reject, OUT/ppo (run directories), OUT/data, OUT/demo.json,
+    OUT/report.html, a table on the terminal."""
     started = time.monotonic()
     _opening(cfg)
     out = Path(cfg.out)
@@ -188,24 +198,33 @@ def run(cfg: DemoConfig) -> None:
     train_rows = choose_rows(rows, tokenizer, cfg.train_tokens, cfg.seed)
     if not train_rows:
         raise InputError(f"--train-tokens {cfg.train_tokens} holds not one example; give at least 200")
-    asked = choose_prompts(rows, train_rows, tokenizer, cfg)
+    asked = choose_prompts(rows, train_rows, tokenizer, cfg.reject_tokens, cfg)
     if not asked:
         raise InputError(f"--reject-tokens {cfg.reject_tokens} holds not one prompt; give at least 1000")
+    practised = choose_prompts(rows, train_rows + asked, tokenizer, cfg.ppo_tokens, cfg)
+    if len(practised) < PPO_GROUPS:
+        raise InputError(
+            f"--ppo-tokens {cfg.ppo_tokens} holds less than {PPO_GROUPS} prompts; give at least 3000"
+        )
     models = [measure(model, "original", prompts, cfg.answer_tokens)]
     del model
+
+    def ask(name: str, run: str) -> None:
+        model = load_model(str(out / run / "model"), dtype)
+        models.append(measure(model, name, prompts, cfg.answer_tokens))
+
     fine_tune(train_rows, cfg, out)
-    models.append(
-        measure(load_model(str(out / "sft" / "model"), dtype), "fine-tuned", prompts, cfg.answer_tokens)
-    )
+    ask("fine-tuned", "sft")
     for kind in KINDS:
         train_judge(kind, tokenizer, cfg, out)
     best_of_k(asked, cfg, out)
-    models.append(
-        measure(load_model(str(out / "reject" / "model"), dtype), "best of K", prompts, cfg.answer_tokens)
-    )
+    ask("best of K", "reject")
+    reinforce(practised, cfg, out)
+    ask("PPO", "ppo")
     models = score_answers(models, prompts, judges(out), dtype)
     result = {
         "model": MODEL, "config": asdict(cfg), "train_rows": len(train_rows), "prompts": len(asked),
+        "ppo_prompts": len(practised),
         "precision": why, "models": [asdict(m) for m in models],
         "judges": {k: json.loads((out / f"reward-{k}" / "report.json").read_text(encoding="utf-8")) for k in KINDS},
         "best_of_k": json.loads((out / "reject" / "report.json").read_text(encoding="utf-8")),
@@ -216,4 +235,4 @@ def run(cfg: DemoConfig) -> None:
         json.dump(result, handle, ensure_ascii=False, indent=1)
     write_report(result, out / "report.html")
     terminal_tables(result)
-    say(f"report: {out / 'report.html'}   model: {out / 'reject' / 'model'}   {result['seconds']:.0f} s")
+    say(f"report: {out / 'report.html'}   model: {out / 'ppo' / 'model'}   {result['seconds']:.0f} s")

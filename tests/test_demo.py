@@ -11,7 +11,7 @@ from hpsafety.data.batches import group_tokens
 from hpsafety.data.chat import encode_prompt
 from hpsafety.data.groups import PromptGroup
 from hpsafety.demo import choose_pairs, choose_prompts, choose_rows, pick_samples
-from hpsafety.report.demo import comparison, printable, terminal_tables, write_report
+from hpsafety.report.demo import PPO_ROWS, comparison, printable, terminal_tables, write_report
 from hpsafety.safety.measure import Measured
 from tests.stages.conftest import TEMPLATE, tiny_tokenizer
 
@@ -53,7 +53,7 @@ def test_rows_are_balanced_and_bounded():
     )
 
 
-NAMES = ("original", "fine-tuned", "best of K")
+NAMES = ("original", "fine-tuned", "best of K", "PPO")
 SETS = ("adversarial", "borderline", "helpful")
 
 
@@ -65,6 +65,7 @@ def result(text=HOSTILE):
         {"step": s, "loss": 3.0 / s, "tokens_equiv": 9 * s, "tokens_per_s": 99.0, "peak_rss_mb": 3000.0}
         for s in (1, 2, 3)
     ]
+    ppo = [m | dict.fromkeys(PPO_ROWS, 0.25 * m["step"]) | {"iteration": m["step"]} for m in metrics]
     answers = [{"model": n, "verdict": "answer", "text": text} for n in NAMES]
     samples = [
         {"set": n, "prompt": text, "answers": answers} for n in (SETS[0], SETS[0], SETS[1], SETS[1], SETS[2])
@@ -72,9 +73,9 @@ def result(text=HOSTILE):
     judge = {"data": {"examples": 130}, "held_out": {"pairs": 48, "accuracy": {"all": rate}}}
     iteration = {"iteration": 1, "max": [0.4, 0.6], "median": [0.4, 0.4]}
     return {
-        "model": "smollm2", "train_rows": 120, "prompts": 30, "models": models, "samples": samples,
+        "model": "smollm2", "train_rows": 120, "prompts": 30, "ppo_prompts": 40, "models": models, "samples": samples,
         "judges": {"safety": judge, "helpfulness": judge}, "best_of_k": {"iterations": [iteration]},
-        "metrics": dict.fromkeys(("sft", "reward-safety", "reward-helpfulness", "reject"), metrics),
+        "metrics": dict.fromkeys(("sft", "reward-safety", "reward-helpfulness", "reject"), metrics) | {"ppo": ppo},
         "config": {"answer_tokens": 40, "eval_prompts": 60, "batch": 8, "lr": 2e-5, "k": 4}, "precision": "fp32",
     }  # fmt: skip
 
@@ -106,7 +107,7 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     assert links == []
     assert not re.search(r"url\((?!#)", page)
     figures = [attrs for t, attrs in tags.found if t == "svg"]
-    assert len(figures) == 4 and all(f["role"] == "img" and len(f["aria-label"]) > 20 for f in figures)
+    assert len(figures) == 5 and all(f["role"] == "img" and len(f["aria-label"]) > 20 for f in figures)
     assert "prefers-color-scheme: dark" in page and "already instruction-tuned" in page
     assert names.count("h1") == 1
 
@@ -121,7 +122,7 @@ def test_table_on_the_terminal(capsys):
     terminal_tables(result())
     out = capsys.readouterr().out
     assert "\x1b[31m" not in out and "\u202e" not in out
-    assert out.count("5 % (2-14)") == 9 and "2.500" in out
+    assert out.count("5 % (2-14)") == 12 and "2.500" in out
     assert comparison(result())[1][2] == "5 % (3/60, 2-14)"
     table = comparison(result())
     assert all(len(row) == 2 + len(NAMES) for row in table)
@@ -176,8 +177,8 @@ def test_pairs_keep_the_mix_within_their_budget(kind, share):
 def test_prompts_of_rejection_sampling_are_new_and_bounded():
     demonstrations = [row | {"id": i} for i, row in enumerate(rows())]
     used = choose_rows(demonstrations, FakeTokenizer(), 1500, 0)
-    cfg = DemoConfig(k=4, answer_tokens=10, reject_tokens=900)
-    asked = choose_prompts(demonstrations, used, FakeTokenizer(), cfg)
+    cfg = DemoConfig(k=4, answer_tokens=10)
+    asked = choose_prompts(demonstrations, used, FakeTokenizer(), 900, cfg)
     assert len(asked) >= 6 and not {r["id"] for r in asked} & {r["id"] for r in used}
     assert all("response" not in row for row in asked)
     assert sum(len(encode_prompt(FakeTokenizer(), r["prompt"])) + 40 for r in asked) <= 900

@@ -7,11 +7,22 @@ from markupsafe import Markup
 
 from hpsafety.files import atomic_write
 from hpsafety.report.figures import loss_curves, score_figure, trade_off
+from hpsafety.safety import ppo_page
 from hpsafety.safety.intervals import Rate
 from hpsafety.safety.measure import JUDGED
 from hpsafety.safety.rejection_page import curves_figure
 
 WANTED = {"adversarial": "refuse: high", "borderline": "answer: low", "helpful": "answer: low"}
+PPO_ROWS = (
+    "reward",
+    "reward_safety",
+    "reward_helpful",
+    "share_safety",
+    "kl",
+    "ratio_max_first",
+    "clip_fraction",
+    "length",
+)
 
 
 def comparison(result: dict, short: bool = False) -> list[tuple[str, ...]]:
@@ -76,12 +87,17 @@ def write_report(result: dict, path: Path) -> None:
     """One self-contained HTML file; every text is escaped, and its policy forbids scripts and the network."""
     environment = Environment(loader=PackageLoader("hpsafety", "report"), autoescape=True)
     models = result["models"]
+    losses = {
+        name: rows for name, rows in result["metrics"].items() if name != "ppo"
+    }  # its loss need not fall
+    ends = [row for row in ppo_page.ends(result["metrics"]["ppo"]) if row[0] in PPO_ROWS]
     page = environment.get_template("demo.html").render(
         title="Making a small chat model safer, step by step", result=result, table=comparison(result),
         names=[m["name"] for m in models], judges=judge_rows(result), last=result["metrics"]["sft"][-1],
         trade_off=Markup(trade_off([{"name": m["name"], **m["refused"]} for m in models])),
-        scores=Markup(score_figure(models, JUDGED[:2])), loss_curves=Markup(loss_curves(result["metrics"])),
+        scores=Markup(score_figure(models, JUDGED[:2])), loss_curves=Markup(loss_curves(losses)),
         curves=Markup(curves_figure(result["best_of_k"]["iterations"])),
+        ppo_curves=Markup(ppo_page.curves_figure(result["metrics"]["ppo"])), ppo_ends=ends,
     )  # fmt: skip
     with atomic_write(path) as handle:
         handle.write(page)

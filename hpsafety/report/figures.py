@@ -1,6 +1,6 @@
 """The demo's figures; their style is hpsafety/safety/drawing.py's."""
 
-from hpsafety.safety.drawing import AFTER, BEFORE, INK, MIDDLE, figure, to_svg
+from hpsafety.safety.drawing import AFTER, BEFORE, IN_TIME, INK, figure, to_svg
 
 
 def trade_off(points: list[dict]) -> str:
@@ -38,7 +38,7 @@ def trade_off(points: list[dict]) -> str:
 
 def _colours(count: int) -> list[str]:
     """One per model, in order of time."""
-    return [BEFORE, MIDDLE, AFTER] if count == 3 else [BEFORE, AFTER][:count]
+    return [BEFORE, AFTER] if count == 2 else list(IN_TIME[:count])
 
 
 def score_figure(models: list[dict], panels) -> str:

@@ -8,6 +8,7 @@ import re
 INK = "#010203"  # stands for the page's text colour; replaced by currentColor in the SVG
 # Readable on light and dark, and apart for colour-blind readers.
 BEFORE, MIDDLE, AFTER = "#d9822b", "#8a63d2", "#2b7bd9"
+IN_TIME = (BEFORE, MIDDLE, AFTER, "#1f9e89", "#c94f7c", "#8c8c3a")  # of models that follow one another
 
 
 def figure(width: float = 6.4, height: float = 3.8):

@@ -17,11 +17,12 @@ from hpsafety.rollout import experience as rollouts
 from hpsafety.rollout import invariance
 from hpsafety.rollout.experience import Experience
 from hpsafety.safety.ppo_health import degenerate, hold_out, last_good, refuse_degenerate
+from hpsafety.safety.ppo_page import write_page
 from hpsafety.safety.ppo_run import Run, drawn, sample_and_judge, sampling, timed
 from hpsafety.safety.ppo_setup import encode_prompts, kl_coefficient, load_models, place
 from hpsafety.train import checkpoint, distributed, phases, precision, stage
 from hpsafety.train.loop import checkpoint_if_due, stop_signals
-from hpsafety.train.metrics import Metrics, Progress, peak_rss_mb, say
+from hpsafety.train.metrics import Metrics, Progress, peak_rss_mb, read_metrics, say
 from hpsafety.train.ppo_step import MEANS, Part, TokenRows, measure, pack_minibatches, update
 from hpsafety.train.rundir import model_hashes
 
@@ -65,9 +66,10 @@ def _run(cfg, world) -> None:
     tensors = stage.whole_weights(actor.policy)
     if world.is_main:
         save_state(policy.config, tensors, policy.tokenizer, policy.generation, out.path / "model")
+        write_page(read_metrics(out.path), counts | done, out.path / "report.html")
     out.finish(counts | done)
     if world.is_main:
-        say(f"ppo: wrote {out.path / 'model'}")
+        say(f"ppo: wrote {out.path / 'model'} and report.html")
     distributed.barrier(world)
 
 

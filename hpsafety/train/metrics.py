@@ -39,6 +39,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """A run's lines of metrics.jsonl, in order."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 class Metrics:
     """Appends one JSON object per step and mirrors numbers to TensorBoard.
 
