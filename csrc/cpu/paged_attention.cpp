@@ -9,9 +9,9 @@
 // beside it, and splits and blocks are counted in tokens: so its bits depend on its own query, keys and values alone,
 // not on the other sequences, the members of its group, the page size, the order of pages or the number of threads.
 //
-// Sequential: no splits. A row goes through its prefix's blocks and then its own, with one running softmax: the steps of
-// attention's row of a segment with a prefix, so the bits are that row's. Prefixes come first, for all members at once;
-// the sequences' own items go on from the state they left.
+// Sequential: no splits. A row goes through its prefix's blocks and then its own, with one running softmax: the steps
+// of attention's row of a segment with a prefix, so the bits are that row's. Prefixes come first, for all members at
+// once; the sequences' own items go on from the state they left.
 
 #include "attention.h"
 
