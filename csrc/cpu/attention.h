@@ -74,18 +74,20 @@ void run_tasks(const Tasks& tasks, int64_t kv_heads, int64_t scratch_floats, F&&
 }
 
 // How many of a product's terms the rows of a tile take: all of them `common`, row r `of[r]`, no fewer than row r - 1.
+// Where all rows take the same number, that number stands in its place, and no second loop is compiled.
 struct Reach {
   int64_t common, most;
-  const int64_t* of = nullptr;
-  Reach(int64_t depth) : common(depth), most(depth) {}
+  const int64_t* of;
   Reach(const int64_t* of, int64_t rows) : common(of[0]), most(of[rows - 1]), of(of) {}
 };
+inline int64_t common(int64_t depth) { return depth; }
+inline int64_t common(const Reach& reach) { return reach.common; }
 
 // c[R rows, N vectors] (+)= sum over k of a[row * a_row + k * a_k] * b(k)[lane], b(k) a row of fp32 or bf16. The sum
 // starts from zero and is added at the end: shorter chains of roundings than summing into c. A row has one chain over
 // all its terms, so its bits do not depend on the tile it stands in.
-template <int R, int N, typename B>
-inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B& b, const Reach& reach,
+template <int R, int N, typename B, typename D>
+inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B& b, D depth,
                  float* __restrict c, int64_t ldc, bool add) {
   Vec sum[R][N];
 #pragma GCC unroll 12
@@ -93,8 +95,7 @@ inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B&
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) sum[r][n] = Vec(0.f);
   }
-  int64_t k = 0;
-  for (; k < reach.common; ++k) {
+  for (int64_t k = 0; k < common(depth); ++k) {
     Vec right[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) right[n] = load(b(k) + n * kLanes);
@@ -105,16 +106,18 @@ inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B&
       for (int n = 0; n < N; ++n) sum[r][n] = at::vec::fmadd(left, right[n], sum[r][n]);
     }
   }
-  for (; k < reach.most; ++k) {  // an unseen key is not even multiplied by zero, so its NaN stays away
-    Vec right[N];
+  if constexpr (std::is_same_v<D, Reach>) {
+    for (int64_t k = depth.common; k < depth.most; ++k) {
+      Vec right[N];
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) right[n] = load(b(k) + n * kLanes);
+      for (int n = 0; n < N; ++n) right[n] = load(b(k) + n * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      if (k >= reach.of[r]) continue;
-      const Vec left(a[r * a_row + k * a_k]);
+      for (int r = 0; r < R; ++r) {
+        if (k >= depth.of[r]) continue;  // an unseen key is not even multiplied by zero, so its NaN stays away
+        const Vec left(a[r * a_row + k * a_k]);
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) sum[r][n] = at::vec::fmadd(left, right[n], sum[r][n]);
+        for (int n = 0; n < N; ++n) sum[r][n] = at::vec::fmadd(left, right[n], sum[r][n]);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -128,22 +131,22 @@ inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B&
 }
 
 // The same for up to kTileRows rows and any number of columns (rounded up to whole vectors).
-template <int R = kTileRows, typename B>
-inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const B& b, const Reach& reach, float* c,
+template <int R = kTileRows, typename B, typename D>
+inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const B& b, D depth, float* c,
                  int64_t ldc, int64_t columns, bool add) {
   if constexpr (R > 1) {
-    if (rows < R) return gemm<R - 1>(rows, a, a_row, a_k, b, reach, c, ldc, columns, add);
+    if (rows < R) return gemm<R - 1>(rows, a, a_row, a_k, b, depth, c, ldc, columns, add);
   }
   int64_t n = 0;
   const auto right = [&](int64_t k) { return b(k) + n; };
-  for (; n + kLanes < columns; n += 2 * kLanes) tile<R, 2>(a, a_row, a_k, right, reach, c + n, ldc, add);
-  if (n < columns) tile<R, 1>(a, a_row, a_k, right, reach, c + n, ldc, add);
+  for (; n + kLanes < columns; n += 2 * kLanes) tile<R, 2>(a, a_row, a_k, right, depth, c + n, ldc, add);
+  if (n < columns) tile<R, 1>(a, a_row, a_k, right, depth, c + n, ldc, add);
 }
 // The same with a dense b.
-template <int R = kTileRows>
+template <int R = kTileRows, typename D>
 inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
-                 const Reach& reach, float* c, int64_t ldc, int64_t columns, bool add) {
-  gemm<R>(rows, a, a_row, a_k, [=](int64_t k) { return b + k * ldb; }, reach, c, ldc, columns, add);
+                 D depth, float* c, int64_t ldc, int64_t columns, bool add) {
+  gemm<R>(rows, a, a_row, a_k, [=](int64_t k) { return b + k * ldb; }, depth, c, ldc, columns, add);
 }
 
 // c = a b for a tile of rows, over the head dim in chains of kDepth.
