@@ -76,6 +76,9 @@ class PPOConfig:
         "memory for keys and values, as 2GB; a quarter of what is free if absent", None
     )
     max_batch: int = option("sequences decoded at once, at most", 64)
+    batch_invariant: bool = option(
+        "sampler and trainer take every sum in one order: the same logprobs to the bit", False
+    )
     weight_decay: float = option(
         "decoupled weight decay, on all but norms and biases", LLAMA2["weight_decay"]
     )

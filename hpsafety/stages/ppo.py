@@ -14,6 +14,7 @@ import torch
 from hpsafety.data.sources import load_rows
 from hpsafety.model.io import save_state
 from hpsafety.rollout import experience as rollouts
+from hpsafety.rollout import invariance
 from hpsafety.rollout.advantages import adapted
 from hpsafety.rollout.experience import Experience
 from hpsafety.safety.ppo_health import degenerate, hold_out, last_good, refuse_degenerate
@@ -64,6 +65,8 @@ def _run(cfg, world) -> None:
     stage.begin(out, headline, counts, world)
     if world.is_main:
         warn(counts, cfg)
+        if cfg.batch_invariant and (why := invariance.fault(sampler)):
+            say(f"ppo: --batch-invariant cannot hold to the bit here: {why}")
     done = iterate(r)
     tensors = stage.whole_weights(actor.policy)
     if world.is_main:
@@ -205,7 +208,10 @@ def experience_of(r: Run, index: int, totals: dict) -> tuple[Experience, list[li
 def packed(r: Run, experience: Experience) -> list[list[Part]]:
     """This rank's micro-batches of every minibatch."""
     per_step = r.cfg.minibatch // r.cfg.k
-    return pack_minibatches(r.actor.policy, experience.groups, per_step, r.cfg.tokens_per_batch, r.world)
+    return pack_minibatches(
+        r.actor.policy, experience.groups, per_step, r.cfg.tokens_per_batch, r.world,
+        join_single=not r.cfg.batch_invariant,
+    )  # fmt: skip
 
 
 def measured(r: Run, experience: Experience, minibatches) -> Experience:

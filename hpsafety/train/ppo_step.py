@@ -69,9 +69,17 @@ class ActorCritic:
 
 
 def pack_minibatches(
-    model, groups: list[PromptGroup], groups_per_step: int, tokens_per_batch: int, world
+    model,
+    groups: list[PromptGroup],
+    groups_per_step: int,
+    tokens_per_batch: int,
+    world,
+    join_single: bool = True,
 ) -> list[list[Part]]:
-    """This rank's micro-batches of every minibatch: whole groups, in the iteration's order, balanced over the ranks."""
+    """This rank's micro-batches of every minibatch: whole groups, in the iteration's order, balanced over the ranks.
+
+    join_single  as of `pack`; False gives logprobs the same bits for any k and any tokens_per_batch
+    """
     starts, end = {}, 0  # of each group's tokens; a group is the same object wherever it is packed
     for group in groups:
         starts[id(group)] = end
@@ -79,7 +87,7 @@ def pack_minibatches(
     minibatches = []
     for first in range(0, len(groups), groups_per_step):
         split = assign(model, groups[first : first + groups_per_step], world)
-        batches = local_batches(split, tokens_per_batch, world)
+        batches = local_batches(split, tokens_per_batch, world, join_single)
         minibatches.append([Part(batch, _rows(batch, starts).to(world.device)) for batch in batches])
     return minibatches
 

@@ -32,16 +32,18 @@ def assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
     return [[groups[i] for i in part] for part in balance(costs, world.size)]
 
 
-def local_batches(parts: list[list[PromptGroup]], tokens_per_batch: int, world) -> Iterator[Batch]:
+def local_batches(
+    parts: list[list[PromptGroup]], tokens_per_batch: int, world, join_single: bool = True
+) -> Iterator[Batch]:
     """This rank's micro-batches; empty ones at the end where another rank has more, since sharded parameters are
-    gathered by all ranks together."""
+    gathered by all ranks together. join_single: as of `pack`."""
     with phases.phase("data"):
         splits = [micro_batches(part, tokens_per_batch) for part in parts]
     mine, split = parts[world.rank], splits[world.rank]
     for i in range(max(map(len, splits))):
         indices = split[i] if i < len(split) else []
         with phases.phase("data"):
-            batch = pack([mine[j] for j in indices]).to(world.device)
+            batch = pack([mine[j] for j in indices], join_single).to(world.device)
         yield batch
 
 
