@@ -81,7 +81,7 @@ def _run(cfg, world) -> None:
     counts |= train(cfg, dtype, out, world)
     ask("after", str(out.path / "model"), cfg, dtype, limit, out, world)
     if world.is_main:
-        report(cfg, dtype, limit, counts, len(questions), out)
+        report(cfg, dtype, limit, counts, len(questions), out, world.device)
     out.finish(counts)
     if world.is_main:
         say(f"gatt: wrote {out.path / 'model'} and {out.path / 'report.html'}")
@@ -229,14 +229,16 @@ def train(cfg, dtype: torch.dtype, out: RunDir, world) -> dict:
     return counts | done
 
 
-def report(cfg, dtype: torch.dtype, limit: int, counts: dict, held_questions: int, out: RunDir) -> None:
+def report(
+    cfg, dtype: torch.dtype, limit: int, counts: dict, held_questions: int, out: RunDir, device
+) -> None:
     """report.json and report.html; the table is also shown."""
     asked = {name: read_rows(out.path / f"recall-{name}.jsonl") for name in ("before", "after")}
     turns = sorted(set(cfg.eval_turns))
     pictured, tokens = pick_dialogues(asked["before"]), None
     mass = {}
     for name, path in (("before", cfg.model), ("after", str(out.path / "model"))):
-        model = load_model(path, dtype)
+        model = load_model(path, dtype, device)
         tokens = tokens or tokens_per_turn(pictured, model.tokenizer)
         if pictured:
             mass[name] = mean_mass(model, pictured, mass["before"]["sinks"] if mass else None)
