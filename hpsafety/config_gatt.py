@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 from hpsafety.config import TrainConfig, memory_bytes, option, require, require_at_least
 from hpsafety.errors import InputError
@@ -40,6 +41,10 @@ class GAttConfig(TrainConfig):
     out: str = option("run directory to write; a run found there is resumed", "")
     demo: bool = option(f"small, on {DEMO['model']} and built-in dialogues, to {DEMO['out']}", False)
     dialogues: int | None = _sized("dialogues to sample and train on, at most; all if absent", "dialogues")
+    k: int = option("samples of a dialogue's last answer; the first that fits is trained on", 4)
+    select: Literal["rules", "all"] = option(
+        "rules: leave out last answers in another language than asked, or that repeat an earlier one", "rules"
+    )
     turns: int = option("user turns of a dialogue that is joined from rows of a single turn", 4)
     list_size: int | None = _sized("hobbies, and public figures, asked of the model", "list_size")
     languages: tuple[str, ...] = option("names of the languages to answer in", LANGUAGES)
@@ -71,7 +76,8 @@ class GAttConfig(TrainConfig):
                 raise InputError(f"--{field} is missing; give it, or --demo for what is built in")
         TrainConfig.__post_init__(self)
         require_at_least(self, 1, "dialogues", "turns", "list_size", "max_new_tokens", "eval_dialogues")
-        require_at_least(self, 1, "eval_tokens", "max_batch")
+        require_at_least(self, 1, "eval_tokens", "max_batch", "k")
+        require(self, "select", self.select in ("rules", "all"), "rules or all")
         require_at_least(self, 0, "top_k")
         require(self, "temperature", 0 <= self.temperature < math.inf, "a number, 0 (greedy) or greater")
         require(self, "top_p", 0 < self.top_p <= 1, "above 0, up to 1")

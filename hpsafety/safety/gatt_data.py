@@ -9,9 +9,11 @@ from hpsafety.data.batches import nested_subset
 from hpsafety.data.records import TRAIN_SPLITS
 from hpsafety.errors import InputError
 from hpsafety.safety.gatt_instructions import Instruction, attach
+from hpsafety.safety.recall import holds
 from hpsafety.safety.talk import Played, Script
 from hpsafety.safety.talk_job import system_text, user_texts
 
+OPENING = 5  # words
 HELD_SHARE = 0.1  # of the rows, whose questions the evaluation asks, where none is marked valid
 
 
@@ -95,26 +97,50 @@ def with_instruction(dialogue: dict, instruction: Instruction) -> dict:
     }
 
 
-def sampling_script(row: dict) -> Script:
-    """The instruction in every user turn (GATT-1)."""
+def sampling_script(row: dict, k: int = 1) -> Script:
+    """The instruction in every user turn (GATT-1); k samples of the last answer."""
     users = [attach(row["instruction"], text) for text in user_texts(row["prompt"])]
-    return Script(users, system=system_text(row["prompt"]))
+    return Script(users, system=system_text(row["prompt"]), k=k)
 
 
-def keep_dialogue(row: dict, played: Played) -> dict:
-    """The row of dialogues.jsonl: the chat as it was sampled, `prompt` up to the last user turn and `response`; or the
-    bare dialogue and why it was `dropped`."""
-    texts, repeated = played.texts(), _plain(row["instruction"])
+def misfit(row: dict, earlier: list[str], text: str, rules: bool) -> str | None:
+    """Why a last answer is not trained on, or None.
+
+    rules  also what a rule can see: a language that is not the one asked for, and an answer that begins as an earlier
+           one did. A small model gives both, and would learn to give them.
+    """
+    if not all([*earlier, text]):
+        return "an empty answer"
+    repeated = _plain(row["instruction"])
+    if any(repeated in _plain(t) for t in [*earlier, text]):  # it would be in the row a second time (GATT-1)
+        return "an answer repeats the instruction"
+    language = row["values"].get("language")
+    if rules and language is not None and not holds("language", language, text):
+        return "the last answer is in another language"
+    if rules and _plain(text).split()[:OPENING] in [_plain(t).split()[:OPENING] for t in earlier]:
+        return "the last answer begins as an earlier one"
+    return None
+
+
+def keep_dialogue(row: dict, played: Played, rules: bool) -> dict:
+    """The row of dialogues.jsonl: the chat as it was sampled, `prompt` up to the last user turn, all `samples` of the
+    last answer and as `response` the first of them that fits; or why the dialogue was `dropped`."""
     if played.full is not None:
         return row | {"dropped": "longer than the context"}
-    if not all(texts):
-        return row | {"dropped": "an empty answer"}
-    if any(repeated in _plain(text) for text in texts):  # it would be in the row a second time (GATT-1)
-        return row | {"dropped": "an answer repeats the instruction"}
-    return row | {
-        "prompt": played.script.messages(texts[:-1], played.script.users[-1]), "response": texts[-1],
-        "finish": played.answers[-1].finish, "finishes": [answer.finish for answer in played.answers],
-    }  # fmt: skip
+    earlier = played.texts()[:-1]
+    why = [misfit(row, earlier, sample.text, rules) for sample in played.samples]
+    out = row | {
+        "prompt": played.script.messages(earlier, played.script.users[-1]),
+        "samples": [
+            {"text": a.text, "finish": a.finish, "misfit": w}
+            for a, w in zip(played.samples, why, strict=True)
+        ],
+    }
+    if None not in why:
+        return out | {"prompt": row["prompt"], "said": earlier, "dropped": why[0]}
+    chosen = why.index(None)
+    answer = played.samples[chosen]
+    return out | {"response": answer.text, "finish": answer.finish, "sample_index": chosen}
 
 
 def training_row(plain: dict, sampled: dict) -> dict:
@@ -132,7 +158,7 @@ def training_row(plain: dict, sampled: dict) -> dict:
         text = next(users)
         messages.append({"role": "user", "content": attach(plain["instruction"], text) if first else text})
         first = False
-    return {name: value for name, value in sampled.items() if name != "finishes"} | {"prompt": messages}
+    return {name: value for name, value in sampled.items() if name != "samples"} | {"prompt": messages}
 
 
 def dropped(rows: list[dict]) -> Counter:

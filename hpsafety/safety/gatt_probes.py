@@ -104,11 +104,12 @@ def _rate(answers: list[dict | None]) -> dict:
 
 
 def adherence(rows: list[dict]) -> dict[str, dict]:
-    """family -> rate at which the last sampled answers, which are trained on, show the attribute they were asked for.
-    Hobby and figure need not show in an answer; a language must."""
-    kept = [row for row in rows if "dropped" not in row]
+    """family -> rate at which the samples of last answers show the attribute they were asked for, instruction in every
+    turn. Hobby and figure need not show in an answer; a language must."""
     return {
-        family: _rate([{"holds": holds(family, row["values"][family], row["response"])} for row in part])
+        family: _rate([
+            {"holds": holds(family, row["values"][family], sample["text"])} for row in part for sample in row["samples"]
+        ])
         for family in FAMILIES
-        if (part := [row for row in kept if family in row["values"]])
-    }
+        if (part := [row for row in rows if family in row["values"] and "samples" in row])
+    }  # fmt: skip

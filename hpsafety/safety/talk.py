@@ -23,11 +23,13 @@ class Script:
 
     users  the turns of the dialogue itself
     asked  turn -> a question that is put there in place of the turn's own, for an answer that the dialogue forgets
+    k      samples of the last turn's answer
     """
 
     users: list[str]
     asked: dict[int, str] = field(default_factory=dict)
     system: str | None = None
+    k: int = 1
 
     def messages(self, answers: list[str], last: str) -> list[dict]:
         """The chat after `answers`, with `last` as the user's newest text."""
@@ -45,13 +47,18 @@ class Answer:
 
 @dataclass(slots=True)
 class Played:
-    """What came of a script. full: the turn whose prompt left no room for an answer, or None."""
+    """What came of a script.
+
+    answers  one a turn; of the last turn the first of its `samples`
+    full     the turn whose prompt left no room for an answer, or None
+    """
 
     script: Script
     answers: list[Answer] = field(default_factory=list)
     asked: dict[int, Answer] = field(default_factory=dict)
+    samples: list[Answer | None] = field(default_factory=list)
     full: int | None = None
-    _open: int = 0  # requests in the engine
+    _open: int = 0  # answers that the engine owes
 
     def texts(self) -> list[str]:
         return [answer.text for answer in self.answers]
@@ -82,8 +89,12 @@ def play(engine: Engine, scripts: Iterable[tuple[int, Script]], limit: int) -> I
         talk._open -= 1
         if aside:
             talk.asked[turn] = answer
+        elif turn == len(talk.script.users):
+            talk.samples[rollout.sample_index] = answer
         else:
             talk.answers.append(answer)
+        if not aside and None not in talk.samples:
+            talk.answers += talk.samples[:1]
             for request in _turn(engine, index, talk, limit):
                 engine.add(request)
         if not talk._open:
@@ -107,6 +118,9 @@ def _turn(engine: Engine, index: int, talk: Played, limit: int) -> list[Request]
         if len(prompt) + engine.settings.max_new_tokens > limit:
             talk.full = talk.full or turn
             continue
-        requests.append(Request(prompt, 1, index * STRIDE + 2 * turn + aside))
-    talk._open += len(requests)
+        last = not aside and turn == len(script.users)
+        if last:
+            talk.samples = [None] * script.k
+        requests.append(Request(prompt, script.k if last else 1, index * STRIDE + 2 * turn + aside))
+    talk._open += sum(request.k for request in requests)
     return requests

@@ -74,8 +74,11 @@ def _run(cfg, world) -> None:
     del model
     distributed.barrier(world)
     sampled = out.path / "dialogues.jsonl"
-    job = sampling(cfg, dtype, cfg.model, out.path / "instructions.jsonl", sampled)
-    play_file(job, limit, gatt_data.sampling_script, gatt_data.keep_dialogue, "sampling dialogues", world)
+    job = sampling(cfg, dtype, cfg.model, out.path / "instructions.jsonl", sampled, k=cfg.k)
+    play_file(
+        job, limit, lambda row: gatt_data.sampling_script(row, cfg.k),
+        lambda row, played: gatt_data.keep_dialogue(row, played, cfg.select == "rules"), "sampling dialogues", world,
+    )  # fmt: skip
     ask("before", cfg.model, cfg, dtype, limit, out, world)
     counts |= write_train_rows(out, world)
     counts |= train(cfg, dtype, out, world)

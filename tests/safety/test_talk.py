@@ -61,6 +61,16 @@ def test_questions_aside_are_forgotten(model):
     assert alone.asked[1] == asked.asked[1] and not alone.answers
 
 
+def test_samples_of_the_last_answer(model):
+    """The first sample is the one of k = 1, and goes on as the dialogue's answer."""
+    users = ["one?", "two?"]
+    one = played(model, {0: Script(users)})[0]
+    four = played(model, {0: Script(users, {3: "and?"}, k=4)})[0]
+    assert four.texts() == one.texts() and four.samples[0] == one.samples[0] == one.answers[1]
+    assert len({a.text for a in four.samples}) > 1 and len(four.samples) == 4 and len(one.samples) == 1
+    assert four.asked == played(model, {0: Script(users, {3: "and?"})})[0].asked
+
+
 def test_what_never_fits(model):
     talks = played(model, {0: Script(["a" * 60]), 1: Script(["b?"])}, limit=60)
     assert talks[0].full == 1 and not talks[0].answers and len(talks[1].answers) == 1

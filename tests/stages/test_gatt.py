@@ -83,7 +83,7 @@ def config(model, data, folder, **changes) -> GAttConfig:
     values = {
         "model": model, "data": (data,), "out": str(folder), "list_size": 3, "max_new_tokens": 6, "eval_dialogues": 2,
         "eval_turns": (2, 4, 9), "eval_tokens": 5, "batch": 4, "epochs": 1, "lr": 5e-3, "device": "cpu",
-        "precision": "fp32", "checkpoint_every": 1, "kv_memory": "4MB",
+        "precision": "fp32", "checkpoint_every": 1, "kv_memory": "4MB", "k": 2, "select": "all",
     }  # fmt: skip
     return GAttConfig(**(values | changes))
 
@@ -290,13 +290,29 @@ def test_dialogues_longer_than_the_context(chat_model, dialogues, tmp_path, name
 def test_dialogues_that_are_not_trained_on():
     row = {"id": 1, "prompt": "one?", "instruction": "Role: X.", "values": {}, "terse": True}
 
-    def keep(*texts, full=None):
-        return keep_dialogue(row, Played(sampling_script(row), [Answer(t, "stop") for t in texts], full=full))
+    def keep(*texts, full=None, rules=True, **values):
+        samples = [Answer(text, "stop") for text in texts]
+        played = Played(sampling_script(row, len(texts)), samples[:1], samples=samples, full=full)
+        return keep_dialogue(row | {"values": values}, played, rules)
 
     assert keep("fine")["response"] == "fine" and "dropped" not in keep("fine")
     assert keep("")["dropped"] == "an empty answer"
-    assert keep("So, role:  x. it is")["dropped"] == "an answer repeats the instruction"
+    assert keep("So, role:  x. it is", "")["dropped"] == "an answer repeats the instruction"
     assert keep(full=1)["dropped"] == "longer than the context"
+    french = "Le repas est dans la maison, et il est bon."
+    kept = keep("", "The house is in the town.", french, language="French")
+    assert (kept["response"], kept["sample_index"]) == (french, 2) and len(kept["samples"]) == 3
+    assert (
+        keep("The house is in the town.", language="French")["dropped"]
+        == "the last answer is in another language"
+    )
+    assert keep("The house is in the town.", language="French", rules=False)["sample_index"] == 0
+    assert keep("", "", rules=False)["dropped"] == "an empty answer"
+    two = row | {"prompt": [{"role": "user", "content": t} for t in ("a", "b")]}
+    said = [Answer("It is a very good day.", "stop"), Answer("It is a  VERY good night.", "stop")]
+    played = Played(sampling_script(two), said, samples=said[1:])
+    assert keep_dialogue(two, played, True)["dropped"] == "the last answer begins as an earlier one"
+    assert keep_dialogue(two, played, False)["response"] == said[1].text
     assert training_row(row, keep("fine"))["prompt"] == [{"role": "user", "content": "Role: X.\n\none?"}]
 
 
