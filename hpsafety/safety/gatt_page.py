@@ -11,28 +11,29 @@ from hpsafety.safety.drawing import AFTER, BEFORE, INK, figure, to_svg
 MODELS = (("before", BEFORE), ("after", AFTER))
 
 
-def cell(rate: dict) -> str:
-    """One rate with its interval; dialogues that did not get so far are said, and are no part of it."""
+def cell(rate: dict, short: bool = False) -> str:
+    """One rate with its interval, without its counts where short; dialogues that did not get so far are said, and are no
+    part of it."""
     if not rate["total"]:
         return f"unreachable ({rate['unreachable']})"
-    numbers = f"{rate['count']}/{rate['total']}, {100 * rate['low']:.0f}-{100 * rate['high']:.0f}"
+    count = "" if short else f"{rate['count']}/{rate['total']}, "
     missing = f"; {rate['unreachable']} unreachable" if rate["unreachable"] else ""
-    return f"{100 * rate['value']:.0f} % ({numbers}{missing})"
+    return f"{100 * rate['value']:.0f} % ({count}{100 * rate['low']:.0f}-{100 * rate['high']:.0f}{missing})"
 
 
 def header(result: dict) -> list[str]:
     return ["instruction", "model", "without it", *(f"turn {t}" for t in result["eval_turns"])]
 
 
-def rows(result: dict) -> list[list[str]]:
+def rows(result: dict, short: bool = False) -> list[list[str]]:
     """One row per kind of instruction and model, in the columns of `header`."""
     out = []
     for family, first in result["recall"]["before"].items():
         name = family if first["trained"] else f"{family} (not trained)"
         for model, _ in MODELS:
             part = result["recall"][model][family]
-            cells = [cell(part["turns"][str(t)]) for t in result["eval_turns"]]
-            out.append([name, model, cell(part["control"]), *cells])
+            cells = [cell(rate, short) for rate in (part["control"], *part["turns"].values())]
+            out.append([name, model, *cells])
             name = ""
     return out
 
@@ -43,7 +44,7 @@ def show_table(result: dict) -> None:
     from rich.table import Table
 
     table = Table(*header(result), title="the first turn's instruction is followed at (95 % intervals)")
-    for row in rows(result):
+    for row in rows(result, short=True):
         table.add_row(*row)
     console = Console()
     console.print(table)
