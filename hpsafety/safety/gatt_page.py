@@ -12,7 +12,7 @@ MODELS = (("before", BEFORE), ("after", AFTER))
 
 
 def cell(rate: dict, short: bool = False) -> str:
-    """One rate with its interval, without its counts where short; dialogues that did not get so far are said, and are no
+    """One rate with its interval, without counts where short; dialogues that did not get so far are said, and are no
     part of it."""
     if not rate["total"]:
         return f"unreachable ({rate['unreachable']})"

@@ -6,6 +6,7 @@ import pytest
 
 from hpsafety.config_gatt import LANGUAGES
 from hpsafety.safety.gatt_instructions import FAMILIES, FULL, TERSE, UNSEEN, attach, draw, write
+from hpsafety.safety.gatt_page import cell, show_table, write_page
 from hpsafety.safety.gatt_probes import PROBES, _rate, keep_probe, probe_rows, probe_script, summarise
 from hpsafety.safety.recall import holds
 from hpsafety.safety.talk import Answer, Played
@@ -94,3 +95,32 @@ def test_the_instruction_itself_does_not_pass_for_an_answer_elsewhere():
     for family, questions in PROBES.items():
         assert not any(holds(family, value, q) for q in questions for value in LISTS[family])
     assert holds("opening", "Ahoy", "ahoy! A good one") and not holds("opening", "Well", "Wellness is")
+
+
+def test_cells_and_page(tmp_path, capsys):
+    """Rates with intervals; unreachable turns by that word, no number; hostile text stays text."""
+    hostile = "<script>alert(1)</script>"
+    some = {"count": 3, "total": 4, "value": 0.75, "low": 0.3, "high": 0.95, "unreachable": 1}
+    none = {"count": 0, "total": 0, "value": None, "low": None, "high": None, "unreachable": 5}
+    assert (
+        cell(some) == "75 % (3/4, 30-95; 1 unreachable)"
+        and cell(some, short=True) == "75 % (30-95; 1 unreachable)"
+    )
+    assert cell(none) == cell(none, short=True) == "unreachable (5)"
+    table = {"hobby": {"trained": True, "control": some, "turns": {"2": some, "20": none}}}
+    mass = {"by_layer": [[0.2, 0.1]], "uniform": [0.3, 0.2], "dialogues": 4, "sink_words": [hostile]}
+    answers = [{"model": m, "text": hostile, "holds": False} for m in ("before", "after")]
+    sample = {"instruction": hostile, "turn": 2, "question": hostile, "answers": answers}
+    result = {
+        "recall": {"before": table, "after": table}, "eval_turns": [2, 20],
+        "attention": {"before": mass, "after": mass}, "adherence": {"hobby": some}, "samples": [sample],
+        "counts": {"trained_dialogues": 3, f"dropped: {hostile}": 1},
+        "lists": [{"family": "hobby", "items": [hostile], "short": 1, "question": hostile}], "limit": 99,
+        "held_questions": 5, "eval_tokens": 6, "temperature": 0.7, "context_turns": None, "language_judge": "rules",
+    }  # fmt: skip
+    write_page(result, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and page.count("&lt;script&gt;") == 8 and page.count("<svg") == 3
+    assert page.count("unreachable (5)") == 2 and "0 %" not in page.split("<tbody>")[1].split("</tbody>")[0]
+    show_table(result)
+    assert "unreachable" in capsys.readouterr().out
