@@ -57,6 +57,11 @@ COMMANDS = {
         "PPOConfig",
         "hpsafety.stages.ppo:run",
     ),
+    "scaling": (
+        "the safety-data-scaling study: what more safety data buys, and what it costs; --demo for a small one",
+        "ScalingConfig",
+        "hpsafety.scaling:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

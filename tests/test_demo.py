@@ -10,7 +10,8 @@ from hpsafety.config import DemoConfig
 from hpsafety.data.batches import group_tokens
 from hpsafety.data.chat import encode_prompt
 from hpsafety.data.groups import PromptGroup
-from hpsafety.demo import choose_pairs, choose_prompts, choose_rows, pick_samples
+from hpsafety.demo import choose_prompts, pick_samples
+from hpsafety.demo_parts import choose_pairs, choose_rows
 from hpsafety.report.demo import PPO_ROWS, comparison, printable, terminal_tables, write_report
 from hpsafety.safety.measure import Measured
 from tests.stages.conftest import TEMPLATE, tiny_tokenizer

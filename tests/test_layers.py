@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each room of the package stands on. Rooms of one line never import each other; those of the last line may.
 LAYERS = [
     {"errors", "files", "config"},
-    {"config_ppo", "config_sampling", "config_tools"},
+    {"config_ppo", "config_sampling", "config_scaling", "config_tools"},
     {"reference", "triton_kernels", "_C"},
     {"ops"},
     {"model", "data"},
@@ -21,6 +21,8 @@ LAYERS = [
         "planner",
         "report",
         "demo",
+        "demo_parts",
+        "scaling",
         "chat",
         "profile",
         "flags",
