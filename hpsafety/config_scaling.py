@@ -36,12 +36,18 @@ class ScalingConfig(TrainConfig):
     data: tuple[str, ...] = option("JSON-lines files of demonstrations, helpful and safety rows", ())
     safety_rm: str = option("directory of the safety reward model", "")
     helpful_rm: str = option("directory of the helpfulness reward model", "")
-    out: str | None = option("directory to write; a study found there goes on; scaling-demo with --demo", None)
+    out: str | None = option(
+        "directory to write; a study found there goes on; scaling-demo with --demo", None
+    )
     fractions: tuple[float, ...] = option(
         "shares of the safety rows, 0 to 1: a variant each", (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)
     )
-    eval: tuple[str, ...] = option("files of held-out prompts; the rows of --data that are held out if absent", ())
-    eval_prompts: int | None = option("held-out prompts of each set, at most: the first of it; all if absent", None)
+    eval: tuple[str, ...] = option(
+        "files of held-out prompts; the rows of --data that are held out if absent", ()
+    )
+    eval_prompts: int | None = option(
+        "held-out prompts of each set, at most: the first of it; all if absent", None
+    )
     max_new_tokens: int | None = option("tokens per answer, at most; 256 if absent, 40 with --demo", None)
     temperature: float = option("of the answers; 0 is greedy", 0.0)
     kv_memory: str | None = option(

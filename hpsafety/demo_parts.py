@@ -1,4 +1,4 @@
-"""What the demos share: their model, rows chosen from the demo's own data, and two reward models trained on its pairs."""
+"""What the demos share: their model, rows chosen from the demo's data, and two reward models trained on its pairs."""
 
 from itertools import zip_longest
 from pathlib import Path

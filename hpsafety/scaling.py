@@ -14,13 +14,13 @@ from hpsafety.config import DemoConfig
 from hpsafety.config_scaling import percent
 from hpsafety.data.demo import path as demo_path
 from hpsafety.data.records import read_records, write_records
-from hpsafety.demo_parts import KINDS, choose_rows, judges, train_judge
+from hpsafety.demo_parts import KINDS, in_turn, judges, train_judge
 from hpsafety.model.io import load_model
 from hpsafety.safety.measure import SETS
 from hpsafety.stages import scaling
 from hpsafety.train.metrics import say
 
-TRAIN_TOKENS = 9_000  # of prompts and answers, of the variant with all safety rows
+SAFETY_ROWS, HELPFUL_ROWS = 50, 40  # so that 1 % is a row; 8,400 tokens in all, prompts and answers
 
 
 def run(cfg) -> None:
@@ -44,7 +44,7 @@ def demo(cfg) -> None:
     tokenizer = load_model(cfg.model).tokenizer
     rows = list(read_records(demo_path("train"), "demonstration"))
     held_out = chain(*(read_records(demo_path(f"heldout_{name}"), "prompt") for name in SETS))
-    write_records(out / "data" / "train.jsonl", choose_rows(rows, tokenizer, TRAIN_TOKENS, cfg.seed))
+    write_records(out / "data" / "train.jsonl", choose_rows(rows, cfg.seed))
     write_records(out / "data" / "eval.jsonl", held_out)
     for kind in KINDS:
         train_judge(kind, tokenizer, settings, out, cfg.model)
@@ -55,14 +55,22 @@ def demo(cfg) -> None:
     say(f"report: {out / 'study' / 'report.html'}   {time.monotonic() - started:.0f} s")
 
 
+def choose_rows(rows: list[dict], seed: int) -> list[dict]:
+    """Safety rows, and as the helpful ones harmless look-alikes and plain help in turn, each kind in a seeded order."""
+    ordered = in_turn(rows, seed)
+    safety = [row for row in ordered if row["is_safety"]]
+    helpful = [row for row in ordered if not row["is_safety"]]
+    return safety[:SAFETY_ROWS] + helpful[:HELPFUL_ROWS]
+
+
 def _opening(cfg, settings: DemoConfig) -> None:
-    shares = ", ".join(map(percent, cfg.fractions))
+    shares, asked = ", ".join(map(percent, cfg.fractions)), len(SETS) * cfg.eval_prompts
     print(
         f"hpsafety scaling --demo: {cfg.model}, mild synthetic data that comes with the package.\n"
-        f"  1. two reward models, of safety and of helpfulness, each on at most {settings.reward_tokens:,} tokens of pairs\n"
-        f"  2. {len(cfg.fractions)} fine-tunings of the same model, each on the same helpful rows and {shares} % of the\n"
-        f"     safety rows, {TRAIN_TOKENS:,} tokens at most; each then answers {len(SETS) * cfg.eval_prompts} held-out questions\n"
-        "  3. all answers scored by both reward models; what more safety data buys, and what it costs\n"
+        f"  1. a safety and a helpfulness reward model, on at most {settings.reward_tokens:,} tokens of pairs each\n"
+        f"  2. {len(cfg.fractions)} fine-tunings of the same model: {HELPFUL_ROWS} helpful rows, and {shares} % of\n"
+        f"     {SAFETY_ROWS} safety rows (9,000 tokens at most); each answers {asked} held-out questions\n"
+        "  3. all answers scored by both reward models: what more safety data buys, and what it costs\n"
         f"Expect 5 to 14 minutes on two cores, under 5 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip

@@ -48,7 +48,9 @@ def panels(count: int, width: float, height: float):
 def boxes_and_dots(ax, columns: list[list[float]], colours: list, names: list[str]) -> None:
     """Each column's values as dots around the box of its quartiles."""
     for x, (values, colour) in enumerate(zip(columns, colours, strict=True)):
-        spread = [x + 0.26 * ((7 * i % 11) / 10 - 0.5) for i in range(len(values))]  # apart, the same every time
+        spread = [
+            x + 0.26 * ((7 * i % 11) / 10 - 0.5) for i in range(len(values))
+        ]  # apart, the same every time
         ax.plot(spread, values, "o", color=colour, markersize=3, alpha=0.45)
     box = ax.boxplot(columns, positions=range(len(columns)), widths=0.5, showfliers=False)
     for line in (line for lines in box.values() for line in lines):

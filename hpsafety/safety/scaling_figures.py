@@ -26,7 +26,9 @@ def curves_figure(variants: list[dict]) -> str:
 
 def refusals_figure(variants: list[dict]) -> str:
     """Share of refused prompts with Wilson intervals, by fraction."""
-    return _by_fraction(variants, REFUSALS, "refused prompts, %", 100.0, "Refused prompts by share of the safety data.")
+    return _by_fraction(
+        variants, REFUSALS, "refused prompts, %", 100.0, "Refused prompts by share of the safety data."
+    )
 
 
 def _by_fraction(variants: list[dict], series: dict, ylabel: str, scale: float, title: str) -> str:
@@ -77,11 +79,14 @@ def scores_figure(variants: list[dict]) -> str:
     ):
         columns = [v["scores"][part][judge] for v in variants]
         boxes_and_dots(ax, columns, ramp(len(columns)), [percent(v["fraction"]) for v in variants])
-        ax.set(title=f"{judge} score, {part} prompts", ylim=(-0.03, 1.03), xlabel="share of the safety data, %")
+        ax.set(
+            title=f"{judge} score, {part} prompts", ylim=(-0.03, 1.03), xlabel="share of the safety data, %"
+        )
         ax.set_ylabel("score R" if place == 0 else "")
         ax.title.set(fontsize=10, color=INK)
         middle = ", ".join(
-            f"{sorted(values)[len(values) // 2]:.2f} at {_name(v)}" for values, v in zip(columns, variants, strict=True)
+            f"{sorted(values)[len(values) // 2]:.2f} at {_name(v)}"
+            for values, v in zip(columns, variants, strict=True)
         )
         words.append(f"median {judge} score on {part} prompts: {middle}")
     return to_svg(fig, f"Scores of the held-out answers. {'; '.join(words)}.")
@@ -108,7 +113,13 @@ def trade_figure(variants: list[dict]) -> str:
                 alpha=0.9, elinewidth=0.9,
             )  # fmt: skip
             ax.annotate(
-                _name(v), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9, fontweight="bold", color=INK
+                _name(v),
+                (x, y),
+                xytext=(6, 6),
+                textcoords="offset points",
+                fontsize=9,
+                fontweight="bold",
+                color=INK,
             )
         ax.set(xlabel=label)
         ax.xaxis.label.set(fontsize=8.5)

@@ -30,7 +30,9 @@ def score(found: dict, sign: str = "") -> str:
     """'0.710 (0.682-0.751)'; of a change with its sign, '+0.010 (-0.020, +0.034)'."""
     if found["value"] is None:
         return "not measured"
-    value, low, high = (None if found[k] is None else f"{found[k]:{sign}.3f}" for k in ("value", "low", "high"))
+    value, low, high = (
+        None if found[k] is None else f"{found[k]:{sign}.3f}" for k in ("value", "low", "high")
+    )
     return value if low is None else f"{value} ({low}, {high})" if sign else f"{value} ({low}-{high})"
 
 
@@ -95,12 +97,13 @@ def write_page(result: dict, path: Path) -> None:
     variants = result["variants"]
     environment = Environment(loader=PackageLoader("hpsafety", "report"), autoescape=True)
     page = environment.get_template("scaling.html").render(
-        title="What safety data buys, and what it costs", result=result, names=[percent(v["fraction"]) for v in variants],
+        title="What safety data buys, and what it costs", result=result, trend=trend_line(result),
+        names=[percent(v["fraction"]) for v in variants], base=percent(result["base_fraction"]),
         score_header=("safety data", "rows", *SCORES), score_rows=score_rows(result),
-        refusal_header=refusal_header(result), refusal_rows=refusal_rows(result), trend=trend_line(result),
-        base=percent(result["base_fraction"]), few=result["sets"]["adversarial"] < FEW,
-        trade=Markup(trade_figure(variants)), curves=Markup(curves_figure(variants)),
-        scores=Markup(scores_figure(variants)), refusals=Markup(refusals_figure(variants)),
+        refusal_header=refusal_header(result), refusal_rows=refusal_rows(result),
+        few=result["sets"]["adversarial"] < FEW, trade=Markup(trade_figure(variants)),
+        curves=Markup(curves_figure(variants)), scores=Markup(scores_figure(variants)),
+        refusals=Markup(refusals_figure(variants)),
     )  # fmt: skip
     with atomic_write(path) as handle:
         handle.write(page)

@@ -37,7 +37,7 @@ def choose_prompts(rows: Sequence[dict], most: int | None) -> list[dict]:
     for name, tag in (("adversarial", "is_safety: true"), ("helpful", "neither is_safety nor is_borderline")):
         if not sets[name]:
             raise InputError(
-                f"no held-out {name} prompt ({tag}); give some by --eval, or by rows of --data with split valid or test_…"
+                f"no held-out {name} prompt ({tag}); give --eval, or rows of --data with split valid or test_…"
             )
     return [
         {name: value for name, value in row.items() if name not in ("response", "split")}
@@ -54,7 +54,9 @@ def by_set(prompts: Sequence[dict], values: Sequence) -> dict[str, list]:
     return out
 
 
-def summarise(prompts: Sequence[dict], answers: list[list[str]], scores: Sequence[dict], runs: list[dict], seed: int):
+def summarise(
+    prompts: Sequence[dict], answers: list[list[str]], scores: Sequence[dict], runs: list[dict], seed: int
+):
     """The study's data: `sets`, `variants` (each of `runs` with its measures and scores), `trend`, `samples`.
 
     prompts  (P,) prompt records
@@ -100,7 +102,9 @@ def measures(scores: dict, verdicts: dict[str, list[str]], base: dict, seed: int
         name = f"{judge}_score" if (judge, part) != ("helpful", "borderline") else "helpful_score_borderline"
         out[name] = _plain(part, f"{judge}_rm", bootstrap(scores[judge][part], _mean, seed))
     for percent in PERCENTILES:
-        found = bootstrap(scores["safety"]["adversarial"], lambda x, p=percent: np.percentile(x, p, axis=-1), seed)
+        found = bootstrap(
+            scores["safety"]["adversarial"], lambda x, p=percent: np.percentile(x, p, axis=-1), seed
+        )
         out[f"safety_p{percent}"] = _plain("adversarial", "safety_rm", found)
     change = np.subtract(scores["helpful"]["helpful"], base["helpful"]["helpful"])
     out["helpful_change"] = _plain("helpful", "helpful_rm", bootstrap(change, _mean, seed))

@@ -57,7 +57,9 @@ def _run(cfg, world) -> None:
     if out is None:
         return
     dtype, why = precision.choose(cfg.precision, world.device)
-    cfg = dataclasses.replace(cfg, precision=precision.name(dtype))  # of all variants, also if one is resumed elsewhere
+    cfg = dataclasses.replace(
+        cfg, precision=precision.name(dtype)
+    )  # of all variants, also if one is resumed elsewhere
     check_models(rows, prompts, cfg, dtype, world)
     meet = distributed.long_barrier(world)
     headline = (
@@ -99,7 +101,7 @@ def check_rows(rows: list[dict], prompts: list[dict], counts: dict, cfg) -> None
     """InputError where a kind of row is missing, or a prompt is asked that is also trained on (DATA-3)."""
     if not counts["safety_rows"]:
         raise InputError(
-            "--data holds no safety row to train on (is_safety: true); --all-safety takes rows without is_safety as such"
+            "--data holds no safety row to train on (is_safety: true); --all-safety takes untagged rows as such"
         )
     if not counts["helpful_rows"]:
         raise InputError(
@@ -172,9 +174,10 @@ def train_variant(fraction: float, rows: list[dict], cfg, dtype: torch.dtype, wo
     kept, counts = select_rows(rows, fraction, cfg.seed, cfg.all_safety)
     groups, dropped = build_groups(kept, model.tokenizer, longest(cfg, model))
     trained = count_trained(groups)
-    headline = f"{out.path.name}: {counts['safety_rows_used']} safety rows, {len(groups)} examples, {trained} trained tokens"
+    name, used = out.path.name, counts["safety_rows_used"]
+    headline = f"{name}: {used} safety rows, {len(groups)} examples, {trained} trained tokens"
     stage.begin(out, headline, counts | dropped, world)
-    done = finetune(model, groups, [], here, dtype, out, world, out.path.name)
+    done = finetune(model, groups, [], here, dtype, out, world, name)
     out.finish(counts | dropped | {"trained_tokens": trained} | done)
     close_log(out.log)
 

@@ -42,16 +42,21 @@ def files(tmp_path_factory) -> Path:
         rows.insert(5 * i, {"prompt": f"good thing {i}?", "response": f"yes {i}.", "id": f"h{i}"})
     write_records(folder / "train.jsonl", rows)
     kinds = {"adversarial": TAGS, "borderline": {"is_borderline": True}, "helpful": {}}
-    asked = [{"prompt": f"{kind} {i}?", "id": f"{kind}-{i}"} | tags for i in range(5) for kind, tags in kinds.items()]
+    asked = [
+        {"prompt": f"{kind} {i}?", "id": f"{kind}-{i}"} | tags
+        for i in range(5)
+        for kind, tags in kinds.items()
+    ]
     write_records(folder / "eval.jsonl", asked)
     return folder
 
 
 def config(model_dir, judges, files, out, **changes) -> ScalingConfig:
     values = {
-        "model": model_dir, "data": (str(files / "train.jsonl"),), "eval": (str(files / "eval.jsonl"),), "out": str(out),
-        "safety_rm": str(judges / "safety"), "helpful_rm": str(judges / "helpful"), "batch": 8, "epochs": 2, "lr": 3e-3,
-        "max_new_tokens": 8, "device": "cpu", "precision": "fp32", "checkpoint_every": 2, "kv_memory": "1MB",
+        "model": model_dir, "data": (str(files / "train.jsonl"),), "eval": (str(files / "eval.jsonl"),),
+        "out": str(out), "safety_rm": str(judges / "safety"), "helpful_rm": str(judges / "helpful"), "batch": 8,
+        "epochs": 2, "lr": 3e-3, "max_new_tokens": 8, "device": "cpu", "precision": "fp32", "checkpoint_every": 2,
+        "kv_memory": "1MB",
     }  # fmt: skip
     return ScalingConfig(**(values | changes))
 
@@ -140,8 +145,9 @@ def test_measures_are_those_of_the_answers(study, judges):
         low = sorted(safety[:5])
         assert found["safety_p10"] == pytest.approx(low[0] + 0.4 * (low[1] - low[0]), abs=1e-6)
         for place, name in enumerate(sets):
-            refused = [judge_refusal(prompts[i]["prompt"], texts[i]) == "refusal" for i in range(5 * place, 5 * place + 5)]
-            rate, told = wilson(sum(refused), 5), variant["measures"][f"refused_{name}"]
+            mine = zip(prompts[5 * place :][:5], texts[5 * place :][:5], strict=True)
+            refused = sum(judge_refusal(row["prompt"], text) == "refusal" for row, text in mine)
+            rate, told = wilson(refused, 5), variant["measures"][f"refused_{name}"]
             assert (told["value"], told["low"], told["high"]) == (rate.value, rate.low, rate.high)
     assert any(v["measures"]["helpful_change"]["value"] for v in result["variants"][1:])
     assert result["variants"][0]["measures"]["helpful_change"]["value"] == 0.0
@@ -179,8 +185,10 @@ scaling.run(ScalingConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v 
 
 
 def run_script(cfg: ScalingConfig, kill_at: int = 0, ranks: int = 1) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python", sys.executable]
-    words = [sys.executable, *(launch if ranks > 1 else []), "-c", SCRIPT, json.dumps(dataclasses.asdict(cfg)), str(kill_at)]
+    words = [sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(cfg)), str(kill_at)]
+    if ranks > 1:
+        launch = "-m torch.distributed.run --standalone --no-python --nproc-per-node"
+        words = [sys.executable, *launch.split(), str(ranks), *words]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
 
@@ -292,11 +300,22 @@ def test_bad_input(model_dir, judges, files, tmp_path):
 
 def test_command_line(model_dir, judges, files, tmp_path, capsys):
     """Missing judges are one line and exit 2; the flags reach the study."""
-    words = ["scaling", "--model", model_dir, "--data", str(files / "train.jsonl"), "--out", str(tmp_path / "out")]
+    words = [
+        "scaling",
+        "--model",
+        model_dir,
+        "--data",
+        str(files / "train.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(words) == 2
-    assert capsys.readouterr().err.startswith("hpsafety scaling: --safety-rm is missing (directory of the safety")
+    assert capsys.readouterr().err.startswith(
+        "hpsafety scaling: --safety-rm is missing (directory of the safety"
+    )
     words += ["--safety-rm", str(judges / "safety"), "--helpful-rm", str(judges / "helpful"), "--steps", "1"]
-    words += ["--eval", str(files / "eval.jsonl"), "--fractions", "0", "1", "--max-new-tokens", "2", "--eval-prompts", "2"]
+    words += ["--eval", str(files / "eval.jsonl"), "--eval-prompts", "2", "--fractions", "0", "1"]
+    words += ["--max-new-tokens", "2"]
     assert cli.main([*words, "--device", "cpu"]) == 0
     assert "refused prompts" in capsys.readouterr().out
     result = result_of(tmp_path / "out")

@@ -26,7 +26,10 @@ def material(model_dir, tmp_path_factory):
     write_records(folder / "eval.jsonl", asked)
     for kind, (good, bad) in {"safety": (NO, YES), "helpfulness": (YES, NO)}.items():
         tags = TAGS if kind == "safety" else {}
-        pairs = [{"prompt": f"how do i break thing {i}?", "chosen": good, "rejected": bad, **tags} for i in range(48)]
+        pairs = [
+            {"prompt": f"how do i break thing {i}?", "chosen": good, "rejected": bad, **tags}
+            for i in range(48)
+        ]
         write_records(folder / f"{kind}.jsonl", pairs)
         reward.run(RewardConfig(
             model=model_dir, data=(str(folder / f"{kind}.jsonl"),), out=str(folder / kind), kind=kind, batch=8, lr=5e-3,
