@@ -1,4 +1,4 @@
-"""`hpsafety scaling --demo` on a tiny model. The bug this file must catch: a demo whose small shares are the same rows."""
+"""`hpsafety scaling --demo` on a tiny model. The bug this file must catch: small shares that are the same rows."""
 
 import json
 
