@@ -21,7 +21,7 @@ USUAL = {
 }  # fmt: skip
 DEMO = {
     "model": "smollm2", "out": "scaling-demo", "lr": 1e-4, "batch": 4, "epochs": 1, "warmup": 3, "checkpoint_every": 0,
-    "max_new_tokens": 40, "eval_prompts": 40,
+    "max_new_tokens": 40, "eval_prompts": 30,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ The demo is here and not in the stage, because it trains its two reward models f
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from hpsafety.config_scaling import percent
 from hpsafety.data.demo import path as demo_path
 from hpsafety.data.records import read_records, write_records
 from hpsafety.demo_parts import KINDS, in_turn, judges, train_judge
+from hpsafety.errors import InputError
 from hpsafety.model.io import load_model
 from hpsafety.safety.measure import SETS
 from hpsafety.stages import scaling
@@ -33,6 +35,8 @@ def run(cfg) -> None:
 
 def demo(cfg) -> None:
     """Two reward models on the base model and the demo's pairs, then the study: OUT/study beside OUT/reward-*."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a process cannot join its peers once for each stage
+        raise InputError("--demo runs in one process: start it without torchrun, which is for a study of your own")
     started = time.monotonic()
     out = Path(cfg.out)
     settings = DemoConfig(seed=cfg.seed, device=cfg.device, precision=cfg.precision)

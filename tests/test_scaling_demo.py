@@ -51,6 +51,12 @@ def test_settings_of_the_demo():
         ScalingConfig(demo=True, lr=0.0)
 
 
+def test_demo_is_one_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["scaling", "--demo", "--out", str(tmp_path / "out")]) == 2
+    assert "--demo runs in one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_demo(tmp_path, capsys):
     """Two judges, the variants, tables and report; the same command again makes nothing anew."""
