@@ -56,7 +56,7 @@ def by_set(prompts: Sequence[dict], values: Sequence) -> dict[str, list]:
 
 def summarise(
     prompts: Sequence[dict], answers: list[list[str]], scores: Sequence[dict], runs: list[dict], seed: int
-):
+) -> dict:
     """The study's data: `sets`, `variants` (each of `runs` with its measures and scores), `trend`, `samples`.
 
     prompts  (P,) prompt records
