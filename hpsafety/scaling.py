@@ -36,7 +36,9 @@ def run(cfg) -> None:
 def demo(cfg) -> None:
     """Two reward models on the base model and the demo's pairs, then the study: OUT/study beside OUT/reward-*."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a process cannot join its peers once for each stage
-        raise InputError("--demo runs in one process: start it without torchrun, which is for a study of your own")
+        raise InputError(
+            "--demo runs in one process: start it without torchrun, which is for a study of your own"
+        )
     started = time.monotonic()
     out = Path(cfg.out)
     settings = DemoConfig(seed=cfg.seed, device=cfg.device, precision=cfg.precision)
