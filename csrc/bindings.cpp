@@ -23,7 +23,8 @@ TORCH_LIBRARY(hpsafety_cpu, m) {
   m.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor segments,"
         " float softmax_scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor context_lens,"
-        " Tensor? prefix_table, Tensor? prefix_lens, Tensor? group_of, float softmax_scale) -> Tensor");
+        " Tensor? prefix_table, Tensor? prefix_lens, Tensor? group_of, float softmax_scale, bool sequential)"
+        " -> Tensor");
   m.def("linear_logprob(Tensor hidden, Tensor weight, Tensor targets, float temperature, bool entropy)"
         " -> (Tensor logprobs, Tensor norm, Tensor entropy)");
   m.def("linear_logprob_backward(Tensor grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor targets,"

@@ -66,6 +66,9 @@ class SampleConfig:
         "keys and values of each process, such as 512MB or 2GB; a quarter of the free memory if absent", None
     )
     max_batch: int = option("sequences decoded at once, at most; changes memory and speed, not the text", 64)
+    batch_invariant: bool = option(
+        "take every sum in the order of training: logprobs equal the trainer's to the bit", False
+    )
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     precision: Precision = option("bf16 only where it is faster when auto", "auto")
     resume: bool = option("go on from what OUT.part holds", True)

@@ -73,18 +73,29 @@ void run_tasks(const Tasks& tasks, int64_t kv_heads, int64_t scratch_floats, F&&
   });
 }
 
+// How many of a product's terms the rows of a tile take: all of them `common`, row r `of[r]`, no fewer than row r - 1.
+// Where all rows take the same number, that number stands in its place, and no second loop is compiled.
+struct Reach {
+  int64_t common, most;
+  const int64_t* of;
+  Reach(const int64_t* of, int64_t rows) : common(of[0]), most(of[rows - 1]), of(of) {}
+};
+inline int64_t common(int64_t depth) { return depth; }
+inline int64_t common(const Reach& reach) { return reach.common; }
+
 // c[R rows, N vectors] (+)= sum over k of a[row * a_row + k * a_k] * b(k)[lane], b(k) a row of fp32 or bf16. The sum
-// starts from zero and is added at the end: shorter chains of roundings than summing into c.
-template <int R, int N, typename B>
-inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B& b, int64_t depth, float* __restrict c,
-                 int64_t ldc, bool add) {
+// starts from zero and is added at the end: shorter chains of roundings than summing into c. A row has one chain over
+// all its terms, so its bits do not depend on the tile it stands in.
+template <int R, int N, typename B, typename D>
+inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B& b, D depth,
+                 float* __restrict c, int64_t ldc, bool add) {
   Vec sum[R][N];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) sum[r][n] = Vec(0.f);
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < common(depth); ++k) {
     Vec right[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) right[n] = load(b(k) + n * kLanes);
@@ -93,6 +104,20 @@ inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B&
       const Vec left(a[r * a_row + k * a_k]);
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) sum[r][n] = at::vec::fmadd(left, right[n], sum[r][n]);
+    }
+  }
+  if constexpr (std::is_same_v<D, Reach>) {
+    for (int64_t k = depth.common; k < depth.most; ++k) {
+      Vec right[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) right[n] = load(b(k) + n * kLanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        if (k >= depth.of[r]) continue;  // an unseen key is not even multiplied by zero, so its NaN stays away
+        const Vec left(a[r * a_row + k * a_k]);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[r][n] = at::vec::fmadd(left, right[n], sum[r][n]);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -106,8 +131,8 @@ inline void tile(const float* __restrict a, int64_t a_row, int64_t a_k, const B&
 }
 
 // The same for up to kTileRows rows and any number of columns (rounded up to whole vectors).
-template <int R = kTileRows, typename B>
-inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const B& b, int64_t depth, float* c,
+template <int R = kTileRows, typename B, typename D>
+inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const B& b, D depth, float* c,
                  int64_t ldc, int64_t columns, bool add) {
   if constexpr (R > 1) {
     if (rows < R) return gemm<R - 1>(rows, a, a_row, a_k, b, depth, c, ldc, columns, add);
@@ -118,9 +143,9 @@ inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const
   if (n < columns) tile<R, 1>(a, a_row, a_k, right, depth, c + n, ldc, add);
 }
 // The same with a dense b.
-template <int R = kTileRows>
-inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, int64_t depth,
-                 float* c, int64_t ldc, int64_t columns, bool add) {
+template <int R = kTileRows, typename D>
+inline void gemm(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
+                 D depth, float* c, int64_t ldc, int64_t columns, bool add) {
   gemm<R>(rows, a, a_row, a_k, [=](int64_t k) { return b + k * ldb; }, depth, c, ldc, columns, add);
 }
 
@@ -133,16 +158,12 @@ inline void scores(int64_t rows, const float* a, int64_t lda, const float* b, in
 }
 
 // c += w b for a tile of rows of which row r may see the first visible(r) keys, never fewer than the row before it.
-// Exact: an unseen key is not even multiplied by zero, so its NaN stays away.
 template <typename F>
 inline void add_visible(int64_t rows, const float* w, int64_t ldw, const float* b, int64_t ldb, F&& visible, float* c,
                         int64_t ldc, int64_t columns) {
-  const int64_t all = visible(0);
-  gemm(rows, w, ldw, 1, b, ldb, all, c, ldc, columns, true);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t rest = visible(r) - all;
-    if (rest > 0) gemm<1>(1, w + r * ldw + all, ldw, 1, b + all * ldb, ldb, rest, c + r * ldc, ldc, columns, true);
-  }
+  int64_t sees[kTileRows];
+  for (int64_t r = 0; r < rows; ++r) sees[r] = visible(r);
+  gemm(rows, w, ldw, 1, b, ldb, Reach(sees, rows), c, ldc, columns, true);
 }
 
 // 2^t for t <= 0 (a little above is fine), 0 below 2^-126; NaN stays. Relative error 1e-7: a degree 5 minimax

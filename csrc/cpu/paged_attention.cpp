@@ -8,8 +8,14 @@
 // the order prefix, own tokens, split by split. A row's numbers come from the same chains whatever stands in the rows
 // beside it, and splits and blocks are counted in tokens: so its bits depend on its own query, keys and values alone,
 // not on the other sequences, the members of its group, the page size, the order of pages or the number of threads.
+//
+// Sequential: no splits. A row goes through its prefix's blocks and then its own, with one running softmax: the steps
+// of attention's row of a segment with a prefix, so the bits are that row's. Prefixes come first, for all members at
+// once; the sequences' own items go on from the state they left.
 
 #include "attention.h"
+
+#include <ATen/ops/full.h>
 
 namespace hpsafety::paged {
 
@@ -24,7 +30,6 @@ struct Part {
   int64_t length;             // tokens
   int64_t member0, members;   // its sequences: a run of Plan::order
   int64_t slot = 0;           // first row of its partial results
-  int64_t splits() const { return (length + kSplit - 1) / kSplit; }
 };
 struct Item {
   size_t part;
@@ -36,9 +41,12 @@ struct Plan {
   std::vector<int64_t> order;   // the sequences, group after group
   std::vector<int64_t> place;   // where a sequence stands in `order`
   std::vector<int64_t> group;   // of each sequence; empty when there is no prefix
-  std::vector<Item> items;
+  bool sequential = false;
+  std::vector<Item> first, then;  // sequential: prefixes, then own tokens; else all are in `first`
   std::vector<Tensor> tables;   // what the parts point into
   int64_t slots = 0;            // rows of partial results
+  int64_t split() const { return sequential ? std::numeric_limits<int64_t>::max() / 2 : kSplit; }
+  int64_t splits(const Part& part) const { return (part.length + split() - 1) / split(); }
   int64_t sequences() const { return static_cast<int64_t>(order.size()); }
   const Part& own(int64_t b) const { return parts[parts.size() - order.size() + b]; }
 };
@@ -83,8 +91,10 @@ void gather_members(Plan& plan, const Tensor& group_of_, int64_t groups) {
 using Optional = std::optional<Tensor>;
 
 Plan make_plan(const Tensor& block_table, const Tensor& context_lens, const Optional& prefix_table,
-               const Optional& prefix_lens, const Optional& group_of, int64_t pages, int64_t page_size, int64_t heads) {
+               const Optional& prefix_lens, const Optional& group_of, int64_t pages, int64_t page_size, int64_t heads,
+               bool sequential) {
   Plan plan;
+  plan.sequential = sequential;
   plan.order.resize(block_table.size(0));
   plan.place.resize(block_table.size(0));
   std::iota(plan.place.begin(), plan.place.end(), 0);
@@ -106,12 +116,14 @@ Plan make_plan(const Tensor& block_table, const Tensor& context_lens, const Opti
     const bool prefix = row < groups;
     check_pages(prefix ? "prefix table" : "block_table", prefix ? row : row - groups, part, page_size, pages);
     part.slot = plan.slots;
-    plan.slots += part.splits() * part.members * heads;
-    for (int64_t s = 0; s < part.splits(); ++s) {
-      const int64_t keys = std::min(kSplit, part.length - s * kSplit);
-      plan.items.push_back({i, s, static_cast<double>(keys) * static_cast<double>(part.members + 4)});
+    plan.slots += plan.splits(part) * part.members * heads;
+    for (int64_t s = 0; s < plan.splits(part); ++s) {
+      const int64_t keys = std::min(plan.split(), part.length - s * plan.split());
+      const Item item{i, s, static_cast<double>(keys) * static_cast<double>(part.members + 4)};
+      (sequential && !prefix ? plan.then : plan.first).push_back(item);
     }
   }
+  if (sequential) plan.slots = plan.sequences() * heads;
   return plan;
 }
 
@@ -119,8 +131,10 @@ struct Sizes {
   int64_t heads, kv_heads, group, dim, padded, ld, ld_keys = leading(kKeys);
 };
 
-// Row (member, head of the group) of a split and kv head of a part, among the partial results.
-int64_t slot(const Part& part, const Sizes& z, int64_t split, int64_t head) {
+// Row (member, head of the group) of a split and kv head of a part, among the partial results; sequential: where the
+// sequence's query stands, so that both of its parts have the same.
+int64_t slot(const Plan& plan, const Part& part, const Sizes& z, int64_t split, int64_t head) {
+  if (plan.sequential) return (head * plan.sequences() + part.member0) * z.group;
   return part.slot + (split * z.kv_heads + head) * part.members * z.group;
 }
 
@@ -187,19 +201,17 @@ struct Buffers {  // of one item: a block of keys (transposed) or values
 };
 
 template <typename T>
-void run_item(const Part& part, const Item& item, int64_t head, const Sizes& z, const Pages<T>& k, const Pages<T>& v,
+void run_item(const Plan& plan, const Item& item, int64_t head, const Sizes& z, const Pages<T>& k, const Pages<T>& v,
               const float* q, const Partials& to, const Buffers& b) {
   alignas(64) float s[kTileRows * (kKeys + 16)];
   const T *keys[2][kKeys], *values[kKeys];
-  const int64_t rows = part.members * z.group, first = slot(part, z, item.split, head);
+  const Part& part = plan.parts[item.part];
+  const int64_t rows = part.members * z.group, first = slot(plan, part, z, item.split, head);
   float *out = to.out + first * z.padded, *top = to.top + first, *total = to.total + first;
-  std::fill_n(out, rows * z.padded, 0.f);
-  std::fill_n(total, rows, 0.f);
-  std::fill_n(top, rows, -std::numeric_limits<float>::infinity());
   // A value that is used once is read where it stands. The sums are the same either way.
   const bool in_place = rows <= kTileRows && z.dim % kLanes == 0;
-  const int64_t end = std::min(part.length, (item.split + 1) * kSplit);
-  int64_t key = item.split * kSplit, turn = 0;
+  const int64_t end = std::min(part.length, (item.split + 1) * plan.split());
+  int64_t key = item.split * plan.split(), turn = 0;
   locate(k, part, key, std::min(kKeys, end - key), head, z.dim, keys[turn]);
   for (; key < end; key += kKeys) {
     const int64_t n = std::min(kKeys, end - key);
@@ -229,10 +241,19 @@ template <typename F>
 void for_partials(const Plan& plan, int64_t b, int64_t h, const Sizes& z, F&& f) {
   const auto visit = [&](const Part& part) {
     const int64_t row = (plan.place[b] - part.member0) * z.group + h % z.group;
-    for (int64_t s = 0; s < part.splits(); ++s) f(slot(part, z, s, h / z.group) + row);
+    for (int64_t s = 0; s < plan.splits(part); ++s) f(slot(plan, part, z, s, h / z.group) + row);
   };
   if (!plan.group.empty()) visit(plan.parts[plan.group[b]]);
   visit(plan.own(b));
+}
+
+// The one state of a sequential row.
+template <typename T>
+void finish_row(const Plan& plan, int64_t b, int64_t h, const Sizes& z, const Partials& from, T* out) {
+  const int64_t i = (h / z.group * plan.sequences() + plan.place[b]) * z.group + h % z.group;
+  const bool any = plan.own(b).length > 0 || (!plan.group.empty() && plan.parts[plan.group[b]].length > 0);
+  const Vec share(any ? 1.f / from.total[i] : 0.f);
+  for_lanes(z.dim, [&](int64_t j, int64_t n) { store_lanes(out + j, load(from.out + i * z.padded + j) * share, n); });
 }
 
 template <typename T>
@@ -273,27 +294,32 @@ void attend(const Plan& plan, const Tensor& q, const Tensor& k_pages, const Tens
   const Pages<T> k(k_pages), v(v_pages);
   const auto floats = q.options().dtype(at::kFloat);
   const auto packed = at::empty({plan.sequences() * z.heads, z.padded}, floats);
-  const auto partial = at::empty({plan.slots, z.padded}, floats), stats = at::empty({2, plan.slots}, floats);
-  float *rows = packed.mutable_data_ptr<float>(), *top = stats.mutable_data_ptr<float>();
-  const Partials to{partial.mutable_data_ptr<float>(), top, top + plan.slots};
+  const auto partial = at::zeros({plan.slots, z.padded}, floats), total = at::zeros({plan.slots}, floats);
+  const auto top = at::full({plan.slots}, -std::numeric_limits<float>::infinity(), floats);
+  float* rows = packed.mutable_data_ptr<float>();
+  const Partials to{partial.mutable_data_ptr<float>(), top.mutable_data_ptr<float>(), total.mutable_data_ptr<float>()};
   pack_queries<T>(plan, q, softmax_scale, z, rows);
-  run_tasks(plan.items, z.kv_heads, Buffers::floats(z), [&](const Item& item, int64_t head, float* scratch) {
-    const Part& part = plan.parts[item.part];
-    const float* members = rows + (head * plan.sequences() + part.member0) * z.group * z.padded;
-    run_item<T>(part, item, head, z, k, v, members, to, Buffers(scratch, z));
-  });
+  const auto run = [&](const Item& item, int64_t head, float* scratch) {
+    const int64_t member0 = plan.parts[item.part].member0;
+    const float* members = rows + (head * plan.sequences() + member0) * z.group * z.padded;
+    run_item<T>(plan, item, head, z, k, v, members, to, Buffers(scratch, z));
+  };
+  run_tasks(plan.first, z.kv_heads, Buffers::floats(z), run);
+  if (!plan.then.empty()) run_tasks(plan.then, z.kv_heads, Buffers::floats(z), run);
   T* o = out.mutable_data_ptr<T>();
   at::parallel_for(0, plan.sequences() * z.heads, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(z.padded);
     for (int64_t i = begin; i < end; ++i) {
-      merge_row(plan, i / z.heads, i % z.heads, z, to, sum.data(), o + i * z.dim);
+      const int64_t b = i / z.heads, h = i % z.heads;
+      plan.sequential ? finish_row(plan, b, h, z, to, o + i * z.dim)
+                      : merge_row(plan, b, h, z, to, sum.data(), o + i * z.dim);
     }
   });
 }
 
 Tensor forward(const Tensor& q_, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table,
                const Tensor& context_lens, const Optional& prefix_table, const Optional& prefix_lens,
-               const Optional& group_of, double softmax_scale) {
+               const Optional& group_of, double softmax_scale, bool sequential) {
   const auto q = dense_last(q_);
   const int64_t heads = q.size(1), dim = q.size(2), kv_heads = k_pages.size(2), padded = round_up(dim, kPad);
   // A copy of the cache would cost more than all of this op's work.
@@ -302,7 +328,7 @@ Tensor forward(const Tensor& q_, const Tensor& k_pages, const Tensor& v_pages, c
                     v_pages.stride(3));
   const Sizes z{heads, kv_heads, heads / kv_heads, dim, padded, leading(padded)};
   const auto plan = make_plan(block_table, context_lens, prefix_table, prefix_lens, group_of, k_pages.size(0),
-                              k_pages.size(1), heads);
+                              k_pages.size(1), heads, sequential);
   auto out = at::empty(q.sizes(), q.options());
   dispatch(q, "paged_attention", [&](auto tag) {
     attend<decltype(tag)>(plan, q, k_pages, v_pages, softmax_scale, z, out);

@@ -14,7 +14,7 @@ MAX_HEAD_DIM = 256
 _op = Op(
     "paged_attention",
     "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor context_lens, Tensor? prefix_table,"
-    " Tensor? prefix_lens, Tensor? group_of, float softmax_scale) -> Tensor",
+    " Tensor? prefix_lens, Tensor? group_of, float softmax_scale, bool sequential) -> Tensor",
     {"cpu": lambda *args: backends.cpu().paged_attention(*args)},
     lambda q, *_: q.new_empty(q.shape),
 )
@@ -76,7 +76,16 @@ def _check_pages(q, k_pages, v_pages):
 
 
 def paged_attention(
-    q, k_pages, v_pages, block_table, context_lens, prefix=None, *, softmax_scale=None, impl=None
+    q,
+    k_pages,
+    v_pages,
+    block_table,
+    context_lens,
+    prefix=None,
+    *,
+    softmax_scale=None,
+    sequential=False,
+    impl=None,
 ):
     """One decoding step: softmax(q k^T * scale) v of one query per sequence over its whole paged context.
 
@@ -92,6 +101,9 @@ def paged_attention(
                       cover its own tokens only. The group's pages are read once for all its members; both parts are
                       merged by their log-sum-exp. A group may have no tokens, or no members (its table is not read)
     softmax_scale     factor of the scores, 1/sqrt(K) by default
+    sequential        True takes a sequence's keys block after block, its prefix first, as attention does: the bits are
+                      those of attention's last row of a segment with that prefix. A long context is then one thread's
+                      work for each kv head. The reference gives the same either way
     returns           (B, H, K) like q, fresh; zeros for a sequence without any token
     Forward only, nothing is saved. The arithmetic is fp32. A sequence's bits depend on its own query, keys, values and
     prefix length alone: not on the other sequences, the members of its group, page size, tables or threads.
@@ -129,4 +141,5 @@ def paged_attention(
         k_pages.stride(-1), v_pages.stride(-1),
     )  # fmt: skip
     table, lens, group_of = prefix or (None, None, None)
-    return _op(q, k_pages, v_pages, block_table, context_lens, table, lens, group_of, softmax_scale, impl)
+    args = (q, k_pages, v_pages, block_table, context_lens, table, lens, group_of)
+    return _op(*args, softmax_scale, bool(sequential), impl)

@@ -158,7 +158,8 @@ class Engine:
         hidden = []
         entered = self._admit()
         if self._running:
-            hidden.append(passes.decode(self.model, self._tokens, self._tables, self.cache))
+            sequential = self.settings.batch_invariant
+            hidden.append(passes.decode(self.model, self._tokens, self._tables, self.cache, sequential))
             self.decoded_tokens += len(self._running)
         if entered:
             hidden.append(torch.stack([s.prompt.hidden for s in entered]))

@@ -95,14 +95,22 @@ def make_tables(made, own_pages, prompts_of, prompt_pages, prompt_lens, seeds, d
 
 
 @torch.no_grad()
-def decode(model, tokens_B: torch.Tensor, tables: Tables, cache: PageCache) -> torch.Tensor:
-    """Puts each sequence's last sampled token into the cache: hidden (B, D), which predicts the next one."""
+def decode(
+    model, tokens_B: torch.Tensor, tables: Tables, cache: PageCache, sequential: bool = False
+) -> torch.Tensor:
+    """Puts each sequence's last sampled token into the cache: hidden (B, D), which predicts the next one.
+
+    sequential  attention in the order of the training pass, so that hidden is that pass's row to the bit
+    """
     size, last = cache.page_size, (tables.made - 1).long()
     page = tables.own.gather(1, (last // size)[:, None]).squeeze(1).long()
     positions = tables.prompt_lens + tables.made - 1
 
     def attend(q, k, v, layer):
-        return ops.paged_attention(q, cache.k[layer], cache.v[layer], tables.own, tables.made, tables.prefix)
+        k_pages, v_pages = cache.k[layer], cache.v[layer]
+        return ops.paged_attention(
+            q, k_pages, v_pages, tables.own, tables.made, tables.prefix, sequential=sequential
+        )
 
     return _layers(model, tokens_B, positions, page * size + last % size, cache, attend)
 
@@ -111,7 +119,12 @@ def decode(model, tokens_B: torch.Tensor, tables: Tables, cache: PageCache) -> t
 def draw(model, hidden_BD, settings, seeds_B, positions_B) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens (B,) int64, full-vocabulary logprobs (B,) fp32) of the words that follow the hidden rows."""
     logits = plain_linear(hidden_BD, model.head_weight)
-    return ops.sample(logits, settings.temperature, settings.top_p, settings.top_k, seeds_B, positions_B)
+    tokens, logprobs = ops.sample(
+        logits, settings.temperature, settings.top_p, settings.top_k, seeds_B, positions_B
+    )
+    if settings.batch_invariant:  # by the op of the training pass, which has products of its own
+        logprobs = ops.linear_logprob(hidden_BD, model.head_weight, tokens, settings.temperature or 1.0)
+    return tokens, logprobs
 
 
 def row_bound(model) -> float:

@@ -8,7 +8,7 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What is drawn (the first six) and the room it is drawn in (the others, which never change a bit of it).
+    """What is drawn (the first seven) and the room it is drawn in (the others, which never change a bit of it).
 
     Raises ValueError for a value out of range.
     """
@@ -19,6 +19,7 @@ class Settings:
     top_k: int = 0  # 0: all words
     seed: int = 0
     stop: frozenset[int] = frozenset()  # token ids that end a response
+    batch_invariant: bool = False  # compute as training does: logprobs equal model.logprobs to the bit
     max_batch: int = 64  # sequences decoded at once, at most
     kv_memory: int | None = None  # bytes of keys and values; None: a quarter of the memory that is free
     page_size: int = 16  # tokens

@@ -55,6 +55,7 @@ def sampling(r: Run, temperature: float, seed: int) -> Settings:
     return Settings(
         max_new_tokens=r.cfg.max_new_tokens, temperature=temperature, seed=seed, stop=stop_ids(r.actor.policy),
         max_batch=r.cfg.max_batch, kv_memory=memory_bytes(r.cfg.kv_memory),
+        batch_invariant=r.cfg.batch_invariant,
     )  # fmt: skip
 
 

@@ -18,13 +18,16 @@ LARGE = 20e9  # parameters: the paper's coefficient changes between its 13B and 
 
 
 def load_models(cfg, dtype: torch.dtype, world):
-    """(policy, critic, scorer): fp32 masters on the CPU, and both reward models, frozen, on the device.
+    """(policy, critic, scorer): fp32 masters on the CPU, and both reward models, frozen, on the device. critic: None
+    where the advantages need none.
 
     Raises InputError for models that do not encode text alike: what the policy samples is scored as it is.
     """
     scorer = load_scorer(cfg, dtype, world.device)
     policy = load_model(cfg.model)
     check_encoding(policy, scorer.safety, (f"--model {cfg.model}", f"--safety-rm {cfg.safety_rm}"))
+    if not cfg.has_critic:
+        return policy, None, scorer
     source = policy
     if cfg.critic_from:
         source = load_reward_model(cfg.critic_from)
@@ -40,6 +43,9 @@ def place(policy, critic, cfg, dtype: torch.dtype, world):
     sampler = load_model(cfg.model, dtype, world.device).requires_grad_(False) if world.size > 1 else None
     optimizers = []
     for model in (policy, critic):
+        if model is None:
+            optimizers.append(None)
+            continue
         distributed.shard(model.to(world.device), world, dtype)
         model.recompute = cfg.recompute
         betas = (cfg.beta1, cfg.beta2)

@@ -13,6 +13,7 @@ from hpsafety.config import memory_bytes
 from hpsafety.data.chat import encode_prompt
 from hpsafety.errors import InputError, RunError
 from hpsafety.model.io import load_model
+from hpsafety.rollout import invariance
 from hpsafety.rollout.engine import Engine, NotFinite, Request
 from hpsafety.rollout.passes import row_bound
 from hpsafety.rollout.sampler import Settings, stop_ids
@@ -60,7 +61,7 @@ def engine_settings(cfg, model) -> Settings:
     return Settings(
         max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
         seed=cfg.seed, stop=stop_ids(model), max_batch=cfg.max_batch,
-        kv_memory=memory_bytes(cfg.kv_memory),
+        kv_memory=memory_bytes(cfg.kv_memory), batch_invariant=cfg.batch_invariant,
     )  # fmt: skip
 
 
@@ -117,5 +118,12 @@ def headline(job: LineJob, engine: Engine, cfg) -> str:
         if bound == 0
         else f"products change by {bound:.1e} with the batch, and with them words that are as close"
     )
+    if cfg.batch_invariant:
+        why = invariance.fault(engine.model)
+        bits += (
+            "; logprobs are the trainer's to the bit"
+            if why is None
+            else f"; --batch-invariant cannot hold: {why}"
+        )
     room = f"{cache.num_pages} pages of {cache.page_size} tokens, at most {cfg.max_batch} sequences at once"
     return f"sample: {job.total} prompts, {cfg.k} responses each; {cfg.precision}; {room}; {bits}"

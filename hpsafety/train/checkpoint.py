@@ -153,9 +153,9 @@ def load(path: Path, model, optimizer, world) -> dict:
 
 
 def drop_training_state(folder: Path) -> None:
-    """Removes the optimiser's part of every checkpoint, the best weights and PPO's rollouts: a finished stage has its
-    model."""
-    for path in folder.glob("experience-*"):
+    """Removes the optimiser's part of every checkpoint, the best weights, PPO's rollouts and DPO's reference: a
+    finished stage has its model."""
+    for path in [*folder.glob("experience-*"), *folder.glob("reference.safetensors")]:
         path.unlink()
     for step in steps(folder):
         shutil.rmtree(folder / f"step-{step}" / "optimizer", ignore_errors=True)

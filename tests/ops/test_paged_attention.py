@@ -296,7 +296,7 @@ def test_views_of_one_cache():
         ops.paged_attention(**args | {"v_pages": wide(args["v_pages"])}, impl="cpu")
     with pytest.raises(ValueError, match="must have last stride 1"):  # a compiled graph comes this way
         call = [wide(args["k_pages"]) if n == "k_pages" else args[n] for n in NAMES]
-        torch.ops.hpsafety.paged_attention(*call, *args["prefix"], 0.5, "cpu")
+        torch.ops.hpsafety.paged_attention(*call, *args["prefix"], 0.5, False, "cpu")
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -341,8 +341,12 @@ def test_reference_gradcheck():
 def test_opcheck():
     args = make_inputs([9, 20], prefix=([17], [0, 0]))
     call = [args[n] for n in NAMES]
-    torch.library.opcheck(torch.ops.hpsafety.paged_attention.default, (*call, *args["prefix"], 0.25, "cpu"))
-    torch.library.opcheck(torch.ops.hpsafety.paged_attention.default, (*call, None, None, None, 0.25, "cpu"))
+    torch.library.opcheck(
+        torch.ops.hpsafety.paged_attention.default, (*call, *args["prefix"], 0.25, False, "cpu")
+    )
+    torch.library.opcheck(
+        torch.ops.hpsafety.paged_attention.default, (*call, None, None, None, 0.25, False, "cpu")
+    )
 
 
 @pytest.mark.slow
