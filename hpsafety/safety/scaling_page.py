@@ -14,7 +14,7 @@ SCORES = {  # heading of a column -> measure
     "helpful": "helpful_score", "change": "helpful_change", "helpful, borderline": "helpful_score_borderline",
 }  # fmt: skip
 REFUSED = ("adversarial", "borderline", "helpful")
-FEW = 50  # adversarial prompts below which a low percentile rests on one or two of them
+FEW = 100  # adversarial prompts below which the 1st percentile rests on one or two of them
 
 
 def score_rows(result: dict) -> list[tuple[str, ...]]:
