@@ -54,6 +54,11 @@ class ActorCritic:
         """Both as one module, for a checkpoint."""
         return torch.nn.ModuleDict({"policy": self.policy, "critic": self.critic})
 
+    def zero_grad(self) -> None:
+        """Lets both models' gradients go."""
+        self.policy_optimizer.zero_grad()
+        self.critic_optimizer.zero_grad()
+
     def state(self) -> dict[str, torch.Tensor]:
         """Both optimisers' state, as AdamW.state()."""
         parts = {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
@@ -111,8 +116,7 @@ def update(
     ratio_max = torch.zeros((), device=world.device)
     settings = {"clip_ratio": clip_ratio, "num_tokens": num_tokens}
     with phases.phase("optimiser"):
-        actor.policy_optimizer.zero_grad()
-        actor.critic_optimizer.zero_grad()
+        actor.zero_grad()
     for part in parts:
         old, old_values, advantages, returns = (
             row[part.rows] for row in (rows.old_logprobs, rows.old_values, rows.advantages, rows.returns)
