@@ -65,7 +65,8 @@ class PPOConfig:
     resume: bool = option("go on from the checkpoint that OUT holds", True)
     recompute: bool = option("recompute blocks in backward: less memory, a third more work", False)
     frozen: Literal["resident", "bf16", "mapped"] = option(
-        "the start and the reward models: in memory, in memory as bf16, or in files mapped in turn", "resident"
+        "the start and the reward models: in memory, in memory as bf16, or in files mapped in turn",
+        "resident",
     )
     lora_rank: int = option(
         "train adapters of this rank on one frozen trunk instead of all weights; 0: all weights", 0

@@ -1,8 +1,8 @@
 """Low-rank adapters on the four products of every block, beside weights that stay frozen (Hu et al. 2021).
 
-A weight W (O, I) computes as W + s up down, with down (r, I) drawn and up (O, r) zero at first, so that a model with fresh
-adapters has the bits of the one without. s is SCALE for every rank (alpha = 2 r). Several models may stand on one trunk:
-the very same parameters, each model with adapters of its own, or with none.
+A weight W (O, I) computes as W + s up down, with down (r, I) drawn and up (O, r) zero at first, so that a model with
+fresh adapters has the bits of the one without. s is SCALE for every rank (alpha = 2 r). Several models may stand on one
+trunk: the very same parameters, each model with adapters of its own, or with none.
 
 Legend: O outputs, I inputs, r rank.
 """

@@ -109,7 +109,9 @@ def write_file(path, sources: dict[str, Source]) -> None:
         header[name] = {"dtype": CODES[source[1]], "shape": list(source[0]), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGN)  # so that a mapped file's tensors stand where allocated ones would
+    text += b" " * (
+        -(len(text) + 8) % ALIGN
+    )  # so that a mapped file's tensors stand where allocated ones would
     with open(path, "wb") as handle:
         handle.write(struct.pack("<Q", len(text)) + text)
         for name, (shape, dtype, make) in sources.items():

@@ -1,7 +1,7 @@
 """How much memory a PPO run will take: counted from shapes before it starts, compared with its peak when it ends.
 
-All sizes are bytes of one rank. Legend: T tokens of a micro-batch, D width, H query heads, G kv heads, K head dim, F mlp
-width, V vocabulary, r rank of adapters, e bytes of a number in the dtype of the computation.
+All sizes are bytes of one rank. Legend: D width, H query heads, G kv heads, K head dim, F mlp width, r rank of
+adapters, e bytes of a number in the dtype of the computation.
 
 Backward keeps of every block, per token: the sums both norms read (2 D), q, k, v and the attention's output
 (2 H K + 2 G K), gate and up (2 F), in e bytes each; one fp32 per head; with adapters 4 r more.
@@ -26,7 +26,9 @@ from hpsafety.train.metrics import peak_rss_mb, say
 
 MARGIN = 0.15  # of the plan: what the allocator and libraries may take beside it
 MIB = 2**20
-LIBRARIES = 90 * MIB  # measured: TensorBoard, checkpoints, figures and product kernels, which a process loads later
+LIBRARIES = (
+    90 * MIB
+)  # measured: TensorBoard, checkpoints, figures and product kernels, which a process loads later
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +79,15 @@ def num_parameters(config: LlamaConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-def trained(parameters: int, dtype: torch.dtype, ranks: int = 1) -> Role:
+def training(parameters: int, dtype: torch.dtype, ranks: int = 1) -> Role:
     """A model that trains: fp32 weights, gradients and two moments, in shards; alone below fp32, rounded copies too."""
     copies = parameters * dtype.itemsize if dtype != torch.float32 and ranks == 1 else 0
     share = math.ceil(parameters / ranks)
     if not copies:
         return Role(4 * share, 8 * share, 4 * share)
-    return Role(copies, 12 * share + 4 * share)  # fp32 masters; gradients are summed in place that is always held
+    return Role(
+        copies, 12 * share + 4 * share
+    )  # fp32 masters; gradients are summed in place that is always held
 
 
 def saved_per_token(config: LlamaConfig, size: int, rank: int = 0) -> int:
@@ -128,11 +132,11 @@ def make_plan(
     if cfg.lora_rank:
         count = lora.num_parameters(policy, cfg.lora_rank)
         roles["trunk"] = Role(whole * size)
-        roles["policy adapters"] = trained(count, dtype)
-        roles |= {"critic adapters": trained(count + policy.width, dtype)} if critic else {}
+        roles["policy adapters"] = training(count, dtype)
+        roles |= {"critic adapters": training(count + policy.width, dtype)} if critic else {}
     else:
-        roles["policy"] = trained(whole, dtype, ranks)
-        roles |= {"critic": trained(num_parameters(critic) + critic.width, dtype, ranks)} if critic else {}
+        roles["policy"] = training(whole, dtype, ranks)
+        roles |= {"critic": training(num_parameters(critic) + critic.width, dtype, ranks)} if critic else {}
         if ranks == 1 or cfg.frozen == "mapped":
             roles["reference"] = Role(**{turn: whole * frozen})
         else:
@@ -162,14 +166,15 @@ def _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks)
     forward = tokens * passing_per_token(policy, size) + gathered
     judged = max(tokens * passing_per_token(config, frozen) for config in judges)
     judge = max((n for name, n in in_turn.items() if name != "reference"), default=0)
-    copies = 2 * sum(min(FILE_BYTES, role.weights + role.optimiser) for role in list(roles.values())[1:3])
+    trained = [role for role in roles.values() if role.optimiser]
+    saved = max(sum(role.weights for role in trained), sum(role.optimiser for role in trained))
     return {
         "rollout": min(kv_memory, pages * each) + gathered
         + max(prefill * passing_per_token(policy, size), running * policy.vocab_size * size),
         "score": judge + judged,
         "logprobs": forward + in_turn.get("reference", 0),
         "update": gathered + _update(cfg, policy, roles, tokens, several, size),
-        "checkpoint": min(copies, 2 * FILE_BYTES) if cfg.checkpoint_every else 0,
+        "checkpoint": 2 * min(saved, FILE_BYTES),  # a file is built in memory, from copies of its tensors
     }  # fmt: skip
 
 
@@ -180,12 +185,17 @@ def _update(cfg, policy, roles, tokens, several, size) -> int:
     else:
         kept = policy.num_layers * saved_per_token(policy, size, cfg.lora_rank)
     kept = tokens * (kept + passing_per_token(policy, size))
-    word_gradient = 0 if cfg.lora_rank else policy.vocab_size * policy.width * size  # beside the one it is added to
+    word_gradient = (
+        0 if cfg.lora_rank else policy.vocab_size * policy.width * size
+    )  # beside the one it is added to
     gradients = [role.gradients for role in roles.values() if role.gradients]
     if several or not gradients:
         return sum(gradients) + kept + word_gradient
     # A single micro-batch: gradients appear as what was kept for them goes.
-    return max(max(sum(gradients[:i]) + kept, sum(gradients[: i + 1])) for i in range(len(gradients))) + word_gradient
+    return (
+        max(max(sum(gradients[:i]) + kept, sum(gradients[: i + 1])) for i in range(len(gradients)))
+        + word_gradient
+    )
 
 
 def _gathered(config: LlamaConfig, size: int) -> int:
@@ -200,7 +210,10 @@ def _gathered(config: LlamaConfig, size: int) -> int:
 
 
 def plan_of(cfg, actor, sampler, scorer, longest: int, dtype: torch.dtype, world) -> Plan:
-    """The plan of a run whose models are in place: what the process takes beside them is looked up, the rest counted."""
+    """The plan of a run whose models are in place: what the process takes beside them is looked up, the rest counted.
+
+    scorer  its trunks may be parked; the reference is not there yet
+    """
     base = 0
     if world.device.type == "cpu":
         modules = {id(m): m for m in (actor.modules(), sampler, *scorer.trunks)}.values()

@@ -81,7 +81,9 @@ def _run(cfg, world) -> None:
 def warn(counts: dict, cfg, dtype) -> None:
     """Says what was assumed for want of data, and what a setting costs."""
     if cfg.frozen == "bf16" and dtype != torch.bfloat16 and not cfg.lora_rank:
-        say("ppo: the start is computed in bf16 and the policy in fp32, so their KL is not exactly 0 at first")
+        say(
+            "ppo: the start is computed in bf16 and the policy in fp32, so their KL is not exactly 0 at first"
+        )
     if counts["without_is_safety"]:
         taken = "safety" if cfg.all_safety else "helpfulness"
         say(f"ppo: {counts['without_is_safety']} prompts without is_safety are taken as {taken} prompts")
@@ -159,7 +161,8 @@ def one_step(r: Run, index, number, parts, rows, experience: Experience, totals:
     per_step = cfg.minibatch // cfg.k
     chosen = experience.groups[number * per_step : (number + 1) * per_step]
     tokens = sum(len(response) for group in chosen for response in group.responses)
-    phases.work(r.actor.policy, [group for part in parts for group in part.batch.groups], 4 if cfg.lora_rank else 6)
+    passes = 4 if cfg.lora_rank else 6  # a frozen trunk has no weight gradients
+    phases.work(r.actor.policy, [group for part in parts for group in part.batch.groups], passes)
     try:
         with timed(totals, "update"):
             result = update(

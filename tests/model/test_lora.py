@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hpsafety.data.groups import pack
+from hpsafety.data.groups import PromptGroup, pack
 from hpsafety.model import lora
 from hpsafety.model.fused import norm_linear, swiglu_linear
 from hpsafety.model.gemm import Adapter, linear
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_the_dense_model():
                 (part.up.grad, 2.0 * whole @ part.down.t()),
                 (part.down.grad, 2.0 * part.up.t() @ whole),
             ):
-                # Two ways of rounding each of some hundred sums: 1e-3 of the largest element is far from a wrong factor.
+                # Both round some hundred sums: 1e-3 of the largest element is far from a wrong factor.
                 assert (got - expected).abs().max() < 1e-3 * expected.abs().max(), name
 
 
@@ -167,8 +167,6 @@ def test_the_sampler_uses_the_adapters():
     model = stirred(adapted())
     prompts = [[5, 6, 7], [9, 3]]
     rollouts = model.generate(prompts, 2, 8, seed=3, stop=[])
-    from hpsafety import PromptGroup
-
     groups = [PromptGroup(p, [r.tokens for r in rollouts[2 * i : 2 * i + 2]]) for i, p in enumerate(prompts)]
     sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
     batch = pack(groups)

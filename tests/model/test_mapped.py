@@ -1,5 +1,5 @@
-"""Frozen models in files. The bug this file must catch: weights that stay in memory after their phase, and a file that is
-taken over though it is another model's."""
+"""Frozen models in files. The bug this file must catch: weights that stay in memory after their phase, and a file
+that is taken over though it is another model's."""
 
 import sys
 from pathlib import Path
