@@ -17,6 +17,7 @@ import torch
 from hpsafety.config import memory_bytes
 from hpsafety.model import lora
 from hpsafety.model.config import LlamaConfig
+from hpsafety.model.mapped import give_back
 from hpsafety.model.names import parameter_shapes
 from hpsafety.rollout.kv_cache import DEFAULT_SHARE, free_memory, page_bytes
 from hpsafety.rollout.sampler import Settings
@@ -146,9 +147,13 @@ def make_plan(
         name = "reward models" if len(judges) == 1 else ("safety RM", "helpfulness RM")[number]
         roles[name] = Role(**{turn: (num_parameters(config) + config.width) * frozen})
     held = sum(role.weights + role.optimiser for role in roles.values())
-    return Plan(roles, {n: held + m for n, m in _phases(
-        cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks
-    ).items()})  # fmt: skip
+    largest = max(role.in_turn for role in roles.values())  # read whole, then written to its file
+    both = base + 2 * max(
+        (num_parameters(c) + c.width) * frozen for c in judges
+    )  # compared before all else is read
+    later = _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks)
+    phases = {"loading": max(held + largest, both)} | {name: held + more for name, more in later.items()}
+    return Plan(roles, phases)
 
 
 def _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks) -> dict[str, int]:
@@ -185,17 +190,15 @@ def _update(cfg, policy, roles, tokens, several, size) -> int:
     else:
         kept = policy.num_layers * saved_per_token(policy, size, cfg.lora_rank)
     kept = tokens * (kept + passing_per_token(policy, size))
-    word_gradient = (
+    words = (
         0 if cfg.lora_rank else policy.vocab_size * policy.width * size
-    )  # beside the one it is added to
+    )  # a second gradient, about to be added
     gradients = [role.gradients for role in roles.values() if role.gradients]
     if several or not gradients:
-        return sum(gradients) + kept + word_gradient
-    # A single micro-batch: gradients appear as what was kept for them goes.
-    return (
-        max(max(sum(gradients[:i]) + kept, sum(gradients[: i + 1])) for i in range(len(gradients)))
-        + word_gradient
-    )
+        return sum(gradients) + kept + words
+    # A single micro-batch: a model's gradients appear as what was kept for them goes.
+    ends = [sum(gradients[: i + 1]) for i in range(len(gradients))]
+    return words + max(max(end - own + kept, end) for end, own in zip(ends, gradients, strict=True))
 
 
 def _gathered(config: LlamaConfig, size: int) -> int:
@@ -214,18 +217,20 @@ def plan_of(cfg, actor, sampler, scorer, longest: int, dtype: torch.dtype, world
 
     scorer  its trunks may be parked; the reference is not there yet
     """
-    base = 0
+    base, optimizers = 0, [o for o in (actor.policy_optimizer, actor.critic_optimizer) if o is not None]
     if world.device.type == "cpu":
         modules = {id(m): m for m in (actor.modules(), sampler, *scorer.trunks)}.values()
         held = [p for module in modules for p in module.parameters() if not p.is_meta]
-        for optimizer in (actor.policy_optimizer, actor.critic_optimizer):
+        for optimizer in optimizers:
             held += [*optimizer.state().values(), *(optimizer.main_grads or [])]
         sizes = {t.data_ptr(): t.nbytes for t in (distributed.local(t) for t in held)}
+        give_back()
         base = max(0, resident() - sum(sizes.values()))
         base += 0 if "torch.utils.tensorboard" in sys.modules else LIBRARIES
     kv_memory = memory_bytes(cfg.kv_memory) or free_memory(world.device) // DEFAULT_SHARE
+    critic = None if actor.critic is None else actor.critic.config
     return make_plan(
-        cfg, actor.policy.config, actor.critic.config, [trunk.config for trunk in scorer.trunks], dtype,
+        cfg, actor.policy.config, critic, [trunk.config for trunk in scorer.trunks], dtype,
         longest=longest, kv_memory=kv_memory, ranks=world.size, base=base,
     )  # fmt: skip
 

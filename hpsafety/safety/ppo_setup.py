@@ -20,12 +20,13 @@ LARGE = 20e9  # parameters: the paper's coefficient changes between its 13B and 
 
 
 def load_models(cfg, dtype: torch.dtype, world):
-    """(policy, critic, scorer): fp32 masters on the CPU, and both reward models, frozen, on the device.
+    """(policy, critic, scorer): fp32 masters on the CPU (with --lora-rank one trunk for both, in `dtype`), and both
+    reward models, frozen, on the device.
 
     Raises InputError for models that do not encode text alike: what the policy samples is scored as it is.
     """
     scorer = load_judges(cfg, dtype, world.device)
-    policy = load_model(cfg.model)
+    policy = load_model(cfg.model, dtype if cfg.lora_rank else torch.float32)
     check_encoding(policy, scorer.safety, (f"--model {cfg.model}", f"--safety-rm {cfg.safety_rm}"))
     source = policy
     if cfg.critic_from:

@@ -108,6 +108,7 @@ def test_choices_save_what_they_promise():
     adapters = plan(config(lora_rank=4))
     assert resident.phases["update"] - bf16.phases["update"] == (whole + 2 * judge) // 2
     assert resident.phases["update"] - mapped.phases["update"] == whole + 2 * judge
+    assert resident.phases["loading"] - mapped.phases["loading"] == 2 * judge
     assert resident.phases["score"] - mapped.phases["score"] == whole + judge
     assert resident.phases["logprobs"] - mapped.phases["logprobs"] == 2 * judge
     assert resident.phases["update"] - adapters.phases["update"] > 5 * whole
@@ -133,7 +134,7 @@ def test_a_table_of_roles_and_phases():
     lines = plan(config(frozen="mapped"), base=300 * 2**20).lines()
     assert lines[0].startswith("ppo: memory planned per rank, MiB: peak 3")
     assert lines[2].split() == ["process", "300", "-", "-", "-"]
-    assert lines[-1].count(",") == 4 and "helpfulness RM" in lines[-2] and lines[-2].split()[-2] == "-"
+    assert lines[-1].count(",") == 5 and "helpfulness RM" in lines[-2] and lines[-2].split()[-2] == "-"
 
 
 @pytest.mark.parametrize(
