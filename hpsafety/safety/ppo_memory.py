@@ -116,7 +116,7 @@ def micro_batch(cfg, longest: int, ranks: int) -> tuple[int, bool]:
 
 def make_plan(
     cfg, policy: LlamaConfig, critic: LlamaConfig | None, judges: list[LlamaConfig], dtype: torch.dtype, *,
-    longest: int, kv_memory: int, ranks: int = 1, base: int = 0,
+    longest: int, kv_memory: int, ranks: int = 1, base: int = 0, host: bool = True,
 ) -> Plan:  # fmt: skip
     """The plan of a PPOConfig on models of these shapes.
 
@@ -125,6 +125,7 @@ def make_plan(
     longest    tokens of the longest prompt
     kv_memory  bytes the cache of keys and values may take
     base       bytes of the process without models
+    host       the models are in the host's memory, where shards are gathered for saving
     """
     size, frozen = dtype.itemsize, 2 if cfg.frozen == "bf16" else dtype.itemsize
     whole = num_parameters(policy)
@@ -153,7 +154,10 @@ def make_plan(
     )  # compared before all else is read
     later = _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks)
     phases = {"loading": max(held + largest, both)} | {name: held + more for name, more in later.items()}
-    return Plan(roles, phases)
+    # Adapters are merged a tensor at a time, into fp32.
+    merged = 8 * max(map(math.prod, parameter_shapes(policy).values())) if cfg.lora_rank else 0
+    gathered = 4 * whole if ranks > 1 and host and not cfg.lora_rank else 0
+    return Plan(roles, phases | {"saving": held + merged + gathered})
 
 
 def _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks) -> dict[str, int]:
@@ -232,6 +236,7 @@ def plan_of(cfg, actor, sampler, scorer, longest: int, dtype: torch.dtype, world
     return make_plan(
         cfg, actor.policy.config, critic, [trunk.config for trunk in scorer.trunks], dtype,
         longest=longest, kv_memory=kv_memory, ranks=world.size, base=base,
+        host=world.device.type == "cpu",
     )  # fmt: skip
 
 

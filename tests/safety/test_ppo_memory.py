@@ -30,11 +30,11 @@ def config(**changes) -> PPOConfig:
     return PPOConfig(**(values | changes))
 
 
-def plan(cfg=None, dtype=torch.float32, judges=2, ranks=1, base=0, longest=50, **shape):
+def plan(cfg=None, dtype=torch.float32, judges=2, ranks=1, base=0, longest=50, host=True, **shape):
     policy = tiny_config(**(SHAPES[1] | shape))
     critic = dataclasses.replace(policy, tied=True)
     return make_plan(cfg or config(), policy, critic, [critic] * judges, dtype, longest=longest,
-                     kv_memory=2**30, ranks=ranks, base=base)  # fmt: skip
+                     kv_memory=2**30, ranks=ranks, base=base, host=host)  # fmt: skip
 
 
 def kept_by(model, call) -> int:
@@ -112,6 +112,7 @@ def test_choices_save_what_they_promise():
     assert resident.phases["score"] - mapped.phases["score"] == whole + judge
     assert resident.phases["logprobs"] - mapped.phases["logprobs"] == 2 * judge
     assert resident.phases["update"] - adapters.phases["update"] > 5 * whole
+    assert plan(ranks=2).phases["saving"] - plan(ranks=2, host=False).phases["saving"] == whole
     assert plan(judges=1).phases["score"] == resident.phases["score"] - judge
     for each in (resident, bf16, mapped, adapters):
         name, peak = each.peak
@@ -134,7 +135,7 @@ def test_a_table_of_roles_and_phases():
     lines = plan(config(frozen="mapped"), base=300 * 2**20).lines()
     assert lines[0].startswith("ppo: memory planned per rank, MiB: peak 3")
     assert lines[2].split() == ["process", "300", "-", "-", "-"]
-    assert lines[-1].count(",") == 5 and "helpfulness RM" in lines[-2] and lines[-2].split()[-2] == "-"
+    assert lines[-1].count(",") == 6 and "helpfulness RM" in lines[-2] and lines[-2].split()[-2] == "-"
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_the_plan_is_shown_before_and_checked_after(model_dir, judges, prompts, 
     memory = json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]["memory"]
     assert memory.keys() == {"planned_mb", "planned_phases_mb", "peak_mb"}
     assert memory["planned_mb"] == max(memory["planned_phases_mb"].values()) > 50
-    phases = {"loading", "rollout", "score", "logprobs", "update", "checkpoint"}
+    phases = {"loading", "rollout", "score", "logprobs", "update", "checkpoint", "saving"}
     assert memory["planned_phases_mb"].keys() == phases
 
 
