@@ -62,5 +62,6 @@ def load_reference(cfg, policy: Llama, dtype: torch.dtype, folder: Path, world) 
 def _park(model: Trunk, path: Path, load: Callable[[], Trunk], world) -> None:
     if world.is_main and not mapped.holds(path, model):
         mapped.write(load(), path)
+        mapped.give_back()
     distributed.barrier(world)
     model.requires_grad_(False).weights_file = path

@@ -154,10 +154,16 @@ def make_plan(
     )  # compared before all else is read
     later = _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks)
     phases = {"loading": max(held + largest, both)} | {name: held + more for name, more in later.items()}
-    # Adapters are merged a tensor at a time, into fp32.
-    merged = 8 * max(map(math.prod, parameter_shapes(policy).values())) if cfg.lora_rank else 0
+    merged = _merged(policy, dtype) if cfg.lora_rank else 0
     gathered = 4 * whole if ranks > 1 and host and not cfg.lora_rank else 0
     return Plan(roles, phases | {"saving": held + merged + gathered})
+
+
+def _merged(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """A product's weight and its change in fp32, or any weight widened: adapters are merged a tensor at a time."""
+    sizes = {name: 4 * math.prod(shape) for name, shape in parameter_shapes(config).items()}
+    change = 2 * max(size for name, size in sizes.items() if name.startswith("blocks."))
+    return max(change, 0 if dtype == torch.float32 else max(sizes.values()))
 
 
 def _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks) -> dict[str, int]:
