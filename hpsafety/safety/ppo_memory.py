@@ -149,9 +149,9 @@ def make_plan(
         roles[name] = Role(**{turn: (num_parameters(config) + config.width) * frozen})
     held = sum(role.weights + role.optimiser for role in roles.values())
     largest = max(role.in_turn for role in roles.values())  # read whole, then written to its file
-    both = base + 2 * max(
-        (num_parameters(c) + c.width) * frozen for c in judges
-    )  # compared before all else is read
+    both = base + 2 * frozen * max(
+        num_parameters(c) + c.width for c in judges
+    )  # read and compared first of all
     later = _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks)
     phases = {"loading": max(held + largest, both)} | {name: held + more for name, more in later.items()}
     merged = _merged(policy, dtype) if cfg.lora_rank else 0
