@@ -2,7 +2,7 @@
 #
 #   make demo    train the built-in model on a CPU and compare it before and after
 #   make test    the fast tests          make lint    ruff
-#   make bench   hpsafety against its peers, in .venv-bench; BENCH=score, reward or generate for another work than sft
+#   make bench   hpsafety against its peers, in .venv-bench; BENCH=score, reward, generate, ppo or distill, not sft
 #   make test-mutations   plants bugs in the C++ kernels; the tests must notice each
 #   make clean   removes what was built  make distclean   removes the environments too
 #

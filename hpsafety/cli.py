@@ -57,6 +57,16 @@ COMMANDS = {
         "PPOConfig",
         "hpsafety.stages.ppo:run",
     ),
+    "distill": (
+        "safety context distillation: sample with a preprompt, learn without it what the safety model prefers",
+        "DistillConfig",
+        "hpsafety.stages.distill:run",
+    ),
+    "dpo": (
+        "direct preference optimisation: a policy from preference pairs, without a reward model",
+        "DPOConfig",
+        "hpsafety.stages.dpo:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

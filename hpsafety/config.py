@@ -18,6 +18,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 _ELSEWHERE = {
     "config_sampling": ("ScoreConfig", "SampleConfig", "ChatConfig", "RejectConfig"),
     "config_ppo": ("PPOConfig",),
+    "config_distill": ("DistillConfig",),
     "config_tools": ("DemoConfig", "ProfileConfig", "BenchConfig", "BenchCompareConfig"),
 }
 
@@ -156,6 +157,22 @@ class RewardConfig(TrainConfig):
                 object.__setattr__(self, field, default)
         require(self, "margin", self.margin in ("none", "small", "large"), "none, small or large")
         require(self, "aux_weight", 0 <= self.aux_weight < math.inf, "a number, 0 or greater")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation of a chat model on preference pairs."""
+
+    model: str = option("model to start from, and the frozen reference: HF directory, .gguf file, or smollm2")
+    data: tuple[str, ...] = option("JSON-lines files of preferences, or folders of the datasets library")
+    batch: int = option("pairs per optimiser step, over all ranks", 64)
+    lr: float = option("peak learning rate; a cosine takes it to a tenth", 1e-6)
+    warmup: int | None = option("optimiser steps of linear warm-up; 10 % of them if absent", None)
+    beta: float = option("strength of the pull to the start; smaller lets the model go further", 0.1)
+
+    def __post_init__(self):
+        TrainConfig.__post_init__(self)
+        require(self, "beta", 0 < self.beta < math.inf, "a number greater than 0")
 
 
 def memory_bytes(text: str | None) -> int | None:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "files", "config"},
     {"config_ppo", "config_sampling", "config_tools"},
+    {"config_distill"},
     {"reference", "triton_kernels", "_C"},
     {"ops"},
     {"model", "data"},

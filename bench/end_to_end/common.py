@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +21,29 @@ Group = tuple[list[int], list[list[int]]]  # token ids of a prompt and of each o
 class Settings:
     """One benchmark: model is a Hugging Face directory; the micro-batch budgets change speed and memory only.
 
-    work    sft, reward or score: a contender NAME is run by the file WORK_NAME.py
+    work    sft, reward, score, ppo or distill: a contender NAME is run by the file WORK_NAME.py
+    part    of ppo: iteration, update or logprobs
     groups  prompts of k responses each; batch: groups per optimiser step (not for score)
     prompt_tokens, response_tokens  median lengths of a log-normal distribution; spread: its sigma
+    equal_responses                 every response has just response_tokens
     reward_models                   directories of sequence classifiers, of the same shape as `model`
+    preprompt_tokens                before every prompt that distillation's teacher reads
+    experience                      file of what PPO's update is given per token (ppo_data.py)
     """
 
     model: str
     work: str = "sft"
+    part: str = ""
     groups: int = 256
     k: int = 1
     batch: int = 32
     prompt_tokens: int = 48
     response_tokens: int = 40
     spread: float = 1.0
+    equal_responses: bool = False
     reward_models: tuple[str, ...] = ()
+    preprompt_tokens: int = 0
+    experience: str = ""
     tokens_per_batch: int = 2048
     peer_tokens_per_batch: int = 2048
     precision: str = "fp32"
@@ -57,6 +65,8 @@ class Run:
     seconds: float
     cpu_seconds: float
     note: str  # the settings that matter for this contender's speed
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of each phase
+    samples: list[list[int]] = field(default_factory=list)  # what it sampled itself
 
 
 def make_groups(settings: Settings) -> list[Group]:
@@ -64,7 +74,8 @@ def make_groups(settings: Settings) -> list[Group]:
     rng = np.random.default_rng(settings.seed)
     vocab, count, k = settings.config["vocab_size"], settings.groups, settings.k
     prompts = _lengths(rng, settings.prompt_tokens, settings.spread, PROMPT_TOKENS, count)
-    responses = _lengths(rng, settings.response_tokens, settings.spread, RESPONSE_TOKENS, count * k)
+    spread = 0.0 if settings.equal_responses else settings.spread
+    responses = _lengths(rng, settings.response_tokens, spread, RESPONSE_TOKENS, count * k)
     return [
         (_ids(rng, vocab, p), [_ids(rng, vocab, r) for r in rs])
         for p, rs in zip(prompts, responses.reshape(count, k), strict=True)
@@ -72,6 +83,8 @@ def make_groups(settings: Settings) -> list[Group]:
 
 
 def _lengths(rng, median: int, spread: float, limits: tuple[int, int], count: int) -> np.ndarray:
+    if not spread:
+        return np.full(count, median)
     return np.clip(rng.lognormal(np.log(median), spread, count).astype(int), *limits)
 
 
@@ -87,6 +100,12 @@ def warm_up_groups(settings: Settings) -> list[Group]:
         (_ids(rng, vocab, short[0]), [_ids(rng, vocab, short[1]) for _ in range(settings.k)])
         for _ in range(settings.batch)
     ]
+
+
+def preprompt(settings: Settings) -> list[int]:
+    """What distillation's teacher reads before every prompt."""
+    rng = np.random.default_rng(settings.seed + 2)
+    return _ids(rng, settings.config["vocab_size"], settings.preprompt_tokens)
 
 
 def steps(settings: Settings) -> list[list[Group]]:
@@ -109,21 +128,25 @@ def count_tokens(groups: list[Group]) -> int:
 def needed_flops(settings: Settings) -> float:
     """Strictly needed FLOPs of the timed work, nothing recomputed, nothing padded; training is 3 x forward.
 
-    Forward: linear layers once per token, attention's causal pairs; SFT's head on response tokens only. A reward model
-    has no token head and is read at last rows: other rows of the last block need their keys and values alone.
+    Forward: linear layers once per token, attention's causal pairs; SFT's head on response tokens only.
+    Distillation adds its teacher's forward, behind the preprompt. A reward model has no token head and is read at last
+    rows: other rows of the last block need their keys and values alone.
     """
     from hpsafety import PromptGroup
     from hpsafety.model.config import from_hf
     from hpsafety.train.work import forward_flops
 
     config = from_hf(settings.config)
-    trained = settings.work == "sft"
+    trained = settings.work in ("sft", "distill")
     passes = len(settings.reward_models) if settings.work == "score" else 3
     total = 0.0
     for prompt, responses in make_groups(settings):
         masks = [[trained] * len(response) for response in responses]
         total += forward_flops(config, PromptGroup(prompt, responses, masks))
         total -= 0 if trained else _not_needed_in_the_last_block(config, prompt, responses)
+        if settings.work == "distill":  # the teacher's forward, a third of the student's passes
+            behind = PromptGroup([*preprompt(settings), *prompt], responses)
+            total += forward_flops(config, behind) / passes
     return passes * total
 
 

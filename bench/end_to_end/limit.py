@@ -17,11 +17,11 @@ __all__ = ["best_of", "combine", "measure"]
 
 
 def shapes(settings: Settings) -> list[Shape]:
-    """The model's linear layers at a full micro-batch; in SFT also the head, at a block of response rows."""
+    """The model's linear layers at a full micro-batch; where tokens are predicted also the head, at a block of rows."""
     groups = make_groups(settings)
     response_tokens = sum(len(response) for _, response in rows(groups))
     all_tokens = response_tokens + sum(len(prompt) for prompt, _ in groups)
-    head_tokens = response_tokens if settings.work == "sft" else 0
+    head_tokens = response_tokens if settings.work in ("sft", "ppo", "distill") else 0
     return gemm_limit.shapes(from_hf(settings.config), all_tokens, head_tokens, settings.tokens_per_batch)
 
 

@@ -52,6 +52,7 @@ def _title(settings: Settings) -> str:
     budget, peers = settings.tokens_per_batch, settings.peer_tokens_per_batch
     what = {
         "sft": f"SFT: {settings.groups} pairs, batch {settings.batch}",
+        "distill": f"distillation: {settings.groups} prompts of {settings.k}, batch {settings.batch}",
         "reward": f"reward model: {settings.groups} preference pairs, batch {settings.batch}",
         "score": f"scores of {settings.groups} groups of {settings.k} by two reward models",
     }[settings.work]
@@ -90,6 +91,10 @@ def _print_context(summary: dict, machine: dict) -> None:
     print("best routes: " + ", ".join(best))
     for name, row in summary["contenders"].items():
         print(f"{name}: {row['note']}")
+    print_machine(machine)
+
+
+def print_machine(machine: dict) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     print(f"{machine['cpu']}, {machine['torch_capability']}, {machine['cores']} cores; {versions}")
     print(f"load average at the start: {machine['load_average'][0]:.1f}")

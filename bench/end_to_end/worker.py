@@ -10,10 +10,16 @@ import torch
 
 from bench.end_to_end.common import peak_rss_mb, read_settings, write_json
 
+VARIANTS = {
+    "trl-padded": {"padding_free": False},
+    "transformers-rows": {"response_rows": True},
+    "hpsafety-critic": {"advantages": "gae"},
+}
+
 
 def _load(work: str, name: str):
-    module = importlib.import_module(f"bench.end_to_end.{work}_{name.removesuffix('-padded')}")
-    return functools.partial(module.run, padding_free=False) if name == "trl-padded" else module.run
+    module = importlib.import_module(f"bench.end_to_end.{work}_{name.partition('-')[0]}")
+    return functools.partial(module.run, **VARIANTS.get(name, {}))
 
 
 def main(name: str, settings_path: str, result_path: str) -> None:

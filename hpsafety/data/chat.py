@@ -59,6 +59,22 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
     return head + [token for answer, separator in answers for token in answer + separator]
 
 
+def default_system(tokenizer) -> str:
+    """The system text that the model's chat template writes where a chat has none; "" where it writes none.
+
+    Raises InputError where the template leaves out the system message a chat has, so that none can be given.
+    """
+    user, probe = {"role": "user", "content": "A"}, "\N{LEFT CEILING}system\N{RIGHT CEILING}"
+    _check_messages(tokenizer, [user])
+    plain = _render_for(tokenizer, [user])
+    given = _render_for(tokenizer, [{"role": "system", "content": probe}, user])
+    before, found, after = given.partition(probe)
+    if not found:
+        raise InputError("the model's chat template takes no system message")
+    fits = plain.startswith(before) and plain.endswith(after) and len(plain) >= len(before) + len(after)
+    return plain[len(before) : len(plain) - len(after)] if fits else ""
+
+
 def encode_response(tokenizer, text: str) -> list[int]:
     """Token ids of an answer: its text, in which nothing is special, and the end-of-turn token."""
     return [*(tokenizer.encode_plain(text) if text else []), tokenizer.end_of_turn_id]

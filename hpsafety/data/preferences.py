@@ -39,6 +39,7 @@ class Pair(PromptGroup):
     margin      logits; 0 for rows without a rating
     safe        SAFE_BY_BIN of safety_bin
     name        the row's id, or its number: how a message names the pair
+    reference   nats: both responses' logprob under the frozen start, where a stage has measured it (DPO)
     """
 
     margin: float
@@ -47,6 +48,7 @@ class Pair(PromptGroup):
     safety_bin: int | None
     is_safety: bool
     name: str
+    reference: tuple[float, float] = (0.0, 0.0)
 
 
 def is_safety(row: dict) -> bool:

@@ -130,7 +130,8 @@ def _one_of(values: tuple) -> tuple[Callable, str]:
 def _check_prompt_fields(record: dict, where: tuple) -> None:
     """The optional fields every row with a prompt may have (DATA-2)."""
     _expect(record, "id", _is_id, "a string or a whole number", where, optional=True)
-    _expect(record, "source", _is_text, "a string", where, optional=True)
+    for name in ("source", "risk_label"):
+        _expect(record, name, _is_text, "a string", where, optional=True)
     _expect(record, "split", *_one_of(SPLITS), where, optional=True)
     is_borderline = _expect(record, "is_borderline", _is_bool, "true or false", where, optional=True)
     is_safety = _expect(record, "is_safety", _is_bool, "true or false", where, optional=True)

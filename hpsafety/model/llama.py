@@ -152,6 +152,21 @@ class Llama(Trunk):
         weights = torch.full((rows.shape[0],), 1.0 / num_tokens, device=rows.device)
         return ops.linear_cross_entropy(rows, self.head_weight, batch.targets[batch.train_mask], weights)[0]
 
+    def trained_rows(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden (n, D) that predicts the trained tokens, head weight (V, D)): all that distillation asks of a
+        teacher; other rows end at the last block's attention. The head of a sharded model stays gathered after its
+        forward (FSDP2 does not reshard the root), which is why this is no entry point of its own."""
+        return self(batch, batch.predict_rows[batch.train_mask]), self.head_weight
+
+    def divergence(self, batch, teacher_hidden, teacher_weight, kind: str, num_tokens) -> torch.Tensor:
+        """Sum over the trained tokens of the divergence between the teacher's next-token distribution and this
+        model's (ops.distill_loss), divided by num_tokens (as in nll): a scalar; gradients to this model alone.
+
+        teacher_hidden, teacher_weight  another model's trained_rows of the same tokens, in the same order
+        """
+        rows, head = self.trained_rows(batch)
+        return ops.distill_loss(rows, head, teacher_hidden, teacher_weight, kind).sum() / num_tokens
+
     def generate(
         self, prompts, k=1, max_new_tokens=64, temperature=1.0, top_p=1.0, top_k=0, seed=0, stop=None
     ):

@@ -15,6 +15,7 @@ from hpsafety import ops
 from hpsafety.data.groups import PromptGroup
 from hpsafety.errors import RunError, file_error
 from hpsafety.files import atomic_write
+from hpsafety.rollout.advantages import whiten, without_critic
 from hpsafety.rollout.engine import Engine, Request
 from hpsafety.rollout.sampler import Rollout, Settings
 from hpsafety.rollout.scoring import GroupScore, Scorer
@@ -53,7 +54,7 @@ class Experience:
     old_logprobs: torch.Tensor | None = None  # (N,) fp32, of the policy that sampled
     entropy: torch.Tensor | None = None  # (N,) fp32 nats, likewise
     ref_logprobs: torch.Tensor | None = None  # (N,) fp32, of the frozen start
-    values: torch.Tensor | None = None  # (N,) fp32, of the critic
+    values: torch.Tensor | None = None  # (N,) fp32, of the critic; None without one
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -68,47 +69,51 @@ class Experience:
         )
         return tagged | (torch.sigmoid(self.safety.double()).float() < 0.15)
 
-    def measured(self, old_logprobs, entropy, ref_logprobs, values) -> "Experience":
-        """With the numbers per token: (N,) fp32 each, in canonical order, on any device."""
-        names = ("old_logprobs", "entropy", "ref_logprobs", "values")
-        rows = (old_logprobs, entropy, ref_logprobs, values)
-        return replace(self, **{name: row.cpu() for name, row in zip(names, rows, strict=True)})
+    def measured(self, old_logprobs, entropy, ref_logprobs, values=None) -> "Experience":
+        """With the numbers per token: (N,) fp32 each, in canonical order, on any device; no values without a critic."""
+        rows = {
+            "old_logprobs": old_logprobs,
+            "entropy": entropy,
+            "ref_logprobs": ref_logprobs,
+            "values": values,
+        }
+        return replace(self, **{name: row.cpu() for name, row in rows.items() if row is not None})
 
-    def advantages(self, kl_coef: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(rewards, advantages, returns) (N,) fp32 of every sampled token.
+    def advantages(
+        self, kl_coef: float, estimator: str = "gae"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(rewards, advantages, returns) (N,) fp32 of every sampled token, by gae, group or rloo
+        (hpsafety/rollout/advantages.py); the last two have no returns.
 
         A token's reward is -kl_coef (old_logprob - ref_logprob), at the last token plus the whitened score. The KL term
         is no part of the whitening (PPO-3), prompts have no rows (PPO-6); advantages are not normalised again.
         """
-        cu_responses = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).int()
-        rewards = -kl_coef * (self.old_logprobs - self.ref_logprobs)
-        rewards[cu_responses[1:].long() - 1] += whiten(self.combined)
+        lengths, scores = self.lengths, whiten(self.combined)
+        penalties = -kl_coef * (self.old_logprobs - self.ref_logprobs)
+        rewards = penalties.clone()
+        rewards[lengths.cumsum(0) - 1] += scores
+        if estimator != "gae":
+            sizes = [len(group.responses) for group in self.groups]
+            return rewards, without_critic(estimator, scores, penalties, lengths.tolist(), sizes), None
+        cu_responses = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         return rewards, *ops.gae(rewards, self.values, cu_responses, GAMMA, LAM)
 
-    def figures(self, returns: torch.Tensor) -> dict[str, float]:
+    def figures(self, returns: torch.Tensor | None) -> dict[str, float]:
         """The iteration's means, of samples and of sampled tokens. kl: of logp_old - logp_ref; sampler_gap: the largest
-        difference between the sampler's logprob and the trainer's; explained_variance: of returns, by the values."""
-        spread = returns.double().var(correction=0)
-        missed = (returns - self.values).double().var(correction=0)
+        difference between the sampler's logprob and the trainer's; explained_variance: of returns, by the values,
+        where there are any."""
         rows = {
             "reward": self.combined.sigmoid(), "reward_safety": self.safety.sigmoid(),
             "reward_helpful": self.helpful.sigmoid(), "share_safety": self.routed_to_safety,
             "kl": self.old_logprobs - self.ref_logprobs, "entropy": self.entropy, "length": self.lengths,
             "share_cut": ~self.stopped,
         }  # fmt: skip
-        return {name: float(row.double().mean()) for name, row in rows.items()} | {
-            "explained_variance": float(1 - missed / spread) if spread > 0 else 0.0,
-            "sampler_gap": float((self.sampler_logprobs - self.old_logprobs).abs().max()),
-        }
-
-
-def whiten(scores: torch.Tensor) -> torch.Tensor:
-    """(scores - mean) / (std + 1e-8) over the whole batch in fp64, population std (PPO-3): (R,) fp32; exact zeros where
-    all are equal."""
-    wide = scores.double()
-    if bool((wide == wide[0]).all()):
-        return torch.zeros_like(scores)
-    return ((wide - wide.mean()) / (wide.std(correction=0) + 1e-8)).to(scores.dtype)
+        out = {name: float(row.double().mean()) for name, row in rows.items()}
+        if returns is not None:
+            spread = returns.double().var(correction=0)
+            missed = (returns - self.values).double().var(correction=0)
+            out["explained_variance"] = float(1 - missed / spread) if spread > 0 else 0.0
+        return out | {"sampler_gap": float((self.sampler_logprobs - self.old_logprobs).abs().max())}
 
 
 def collect(judged: Iterable[Judged]) -> Experience:
@@ -173,7 +178,8 @@ def save(experience: Experience, path: Path) -> None:
     """Writes a measured Experience as one safetensors file, whole or not at all."""
     groups = experience.groups
     pieces = [piece for group in groups for piece in (group.prompt, *group.responses)]
-    tensors = {name: getattr(experience, name).contiguous() for name in _PER_ROW} | {
+    rows = {name: getattr(experience, name) for name in _PER_ROW}
+    tensors = {name: row.contiguous() for name, row in rows.items() if row is not None} | {
         "tokens": torch.tensor([token for piece in pieces for token in piece]),
         "piece_lengths": torch.tensor([len(piece) for piece in pieces]),
         "group_sizes": torch.tensor([len(group.responses) for group in groups]),
@@ -192,6 +198,7 @@ def load(path: Path) -> Experience:
             PromptGroup(next(pieces).tolist(), [next(pieces).tolist() for _ in range(size)])
             for size in tensors["group_sizes"].tolist()
         ]
-        return Experience(groups=groups, **{name: tensors[name] for name in _PER_ROW})
+        rows = {name: tensors[name] for name in _PER_ROW if name in tensors or name != "values"}
+        return Experience(groups=groups, **rows)
     except (SafetensorError, KeyError, RuntimeError, StopIteration) as error:
         raise file_error(path, f"cannot be read ({error}); start anew with --no-resume") from error

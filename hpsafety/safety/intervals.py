@@ -1,6 +1,7 @@
-"""Intervals for rates."""
+"""Intervals for rates and means."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Z95 = 1.959963984540054  # normal quantile of 0.975
@@ -35,3 +36,25 @@ def wilson(count: int, total: int) -> Rate:
     low = centre - half if count else 0.0
     high = centre + half if count < total else 1.0
     return Rate(count, total, p, low, high)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of n numbers with a 95 % interval of the normal distribution; None where n is too small for it."""
+
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+def mean_interval(values: Sequence[float]) -> Mean:
+    """mean -+ Z95 s / sqrt(n), s the sample standard deviation (n - 1); too narrow for n below 30 or so."""
+    n = len(values)
+    if n == 0:
+        return Mean(0, None, None, None)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Mean(1, mean, None, None)
+    half = Z95 * math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n)
+    return Mean(n, mean, mean - half, mean + half)

@@ -43,8 +43,11 @@ def park_judges(cfg, scorer: Scorer, folder: Path, world) -> None:
             _park(model, path, functools.partial(load_reward_model, source, dtype), world)
 
 
-def load_reference(cfg, policy: Llama, dtype: torch.dtype, folder: Path, world) -> Trunk:
-    """The frozen start: a collective call. With adapters it is the policy's own trunk."""
+def load_reference(cfg, policy: Llama, dtype: torch.dtype, folder: Path | None, world) -> Trunk:
+    """The frozen start: a collective call. With adapters it is the policy's own trunk.
+
+    folder  where its file goes with --frozen mapped
+    """
     if cfg.lora_rank:
         return lora.without_adapters(policy)
     dtype = frozen_dtype(cfg, dtype)

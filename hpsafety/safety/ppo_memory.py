@@ -149,11 +149,13 @@ def make_plan(
         roles[name] = Role(**{turn: (num_parameters(config) + config.width) * frozen})
     held = sum(role.weights + role.optimiser for role in roles.values())
     largest = max(role.in_turn for role in roles.values())  # read whole, then written to its file
-    both = base + 2 * frozen * max(
+    judge = frozen * max(
         num_parameters(c) + c.width for c in judges
-    )  # read and compared first of all
+    )  # two of them are read and compared first of all
     later = _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks)
-    phases = {"loading": max(held + largest, both)} | {name: held + more for name, more in later.items()}
+    phases = {"loading": max(held + largest, base + 2 * judge)} | {
+        name: held + more for name, more in later.items()
+    }
     merged = _merged(policy, dtype) if cfg.lora_rank else 0
     gathered = 4 * whole if ranks > 1 and host and not cfg.lora_rank else 0
     return Plan(roles, phases | {"saving": held + merged + gathered})
@@ -227,11 +229,11 @@ def plan_of(cfg, actor, sampler, scorer, longest: int, dtype: torch.dtype, world
 
     scorer  its trunks may be parked; the reference is not there yet
     """
-    base, optimizers = 0, [o for o in (actor.policy_optimizer, actor.critic_optimizer) if o is not None]
+    base = 0
     if world.device.type == "cpu":
         modules = {id(m): m for m in (actor.modules(), sampler, *scorer.trunks)}.values()
         held = [p for module in modules for p in module.parameters() if not p.is_meta]
-        for optimizer in optimizers:
+        for optimizer in actor.optimizers().values():
             held += [*optimizer.state().values(), *(optimizer.main_grads or [])]
         sizes = {t.data_ptr(): t.nbytes for t in (distributed.local(t) for t in held)}
         give_back()

@@ -21,13 +21,15 @@ LARGE = 20e9  # parameters: the paper's coefficient changes between its 13B and 
 
 def load_models(cfg, dtype: torch.dtype, world):
     """(policy, critic, scorer): fp32 masters on the CPU (with --lora-rank one trunk for both, in `dtype`), and both
-    reward models, frozen, on the device.
+    reward models, frozen, on the device. critic: None where the advantages need none.
 
     Raises InputError for models that do not encode text alike: what the policy samples is scored as it is.
     """
     scorer = load_judges(cfg, dtype, world.device)
     policy = load_model(cfg.model, dtype if cfg.lora_rank else torch.float32)
     check_encoding(policy, scorer.safety, (f"--model {cfg.model}", f"--safety-rm {cfg.safety_rm}"))
+    if not cfg.has_critic:
+        return policy, None, scorer
     source = policy
     if cfg.critic_from:
         source = load_reward_model(cfg.critic_from)
@@ -41,6 +43,9 @@ def place(policy, critic, cfg, dtype: torch.dtype, world):
     optimizers, sharded = [], world.size > 1 and not cfg.lora_rank
     sampler = load_model(cfg.model, dtype, world.device).requires_grad_(False) if sharded else None
     for number, model in enumerate((policy, critic)):
+        if model is None:
+            optimizers.append(None)
+            continue
         model.to(world.device).recompute = cfg.recompute
         if cfg.lora_rank:
             lora.add_adapters(model, cfg.lora_rank, cfg.seed + number)

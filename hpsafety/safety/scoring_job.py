@@ -50,13 +50,9 @@ def judge_hashes(cfg) -> dict[str, str]:
 def load_scorer(cfg, dtype, device) -> Scorer:
     """Both reward models on `device`, frozen; InputError when they do not go together."""
     names = (f"--safety-rm {cfg.safety_rm}", f"--helpful-rm {cfg.helpful_rm}")
-    return Scorer(
-        *(
-            load_reward_model(path, dtype, device).requires_grad_(False)
-            for path in (cfg.safety_rm, cfg.helpful_rm)
-        ),
-        names,
-    )
+    paths = dict.fromkeys((cfg.safety_rm, cfg.helpful_rm))  # one model in both places is read once
+    models = {path: load_reward_model(path, dtype, device).requires_grad_(False) for path in paths}
+    return Scorer(models[cfg.safety_rm], models[cfg.helpful_rm], names)
 
 
 def check_length(scorer: Scorer, row: dict) -> None:

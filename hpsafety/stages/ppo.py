@@ -16,6 +16,7 @@ from hpsafety.model import lora
 from hpsafety.model.io import save_state
 from hpsafety.model.mapped import present
 from hpsafety.rollout import experience as rollouts
+from hpsafety.rollout.advantages import adapted
 from hpsafety.rollout.experience import Experience
 from hpsafety.safety.ppo_frozen import load_reference, park_judges
 from hpsafety.safety.ppo_health import degenerate, hold_out, last_good, refuse_degenerate
@@ -54,7 +55,11 @@ def _run(cfg, world) -> None:
     parameters = sum(p.numel() for p in policy.parameters())
     kl_coef = kl_coefficient(cfg, parameters)
     headline = f"ppo: {len(train)} prompts, {cfg.iterations} iterations of {cfg.batch} samples"
-    headline += f", {cfg.updates} optimiser steps each; KL coefficient {kl_coef:g}; {why}"
+    headline += (
+        f", {cfg.updates} optimiser steps each; advantages {cfg.advantages}; KL coefficient {kl_coef:g}"
+    )
+    headline += f" at first, moved towards a KL of {cfg.adaptive_kl:g}" if cfg.adaptive_kl else ""
+    headline += f"; {preset_note(cfg)}{why}"
     actor, sampler = place(policy, critic, cfg, dtype, world)
     r = Run(cfg, actor, sampler, None, scorer, train, valid, kl_coef, out, world)
     longest = max(len(prompt.tokens) for prompt in train + valid)
@@ -78,12 +83,16 @@ def _run(cfg, world) -> None:
     distributed.barrier(world)
 
 
+def preset_note(cfg) -> str:
+    """Which preset holds, and the settings that were given another value."""
+    changed = ", ".join(f"{name} {value}" for name, value in cfg.departures.items())
+    return f"preset {cfg.preset}{', but for ' if changed else ''}{changed}; " if cfg.preset else ""
+
+
 def warn(counts: dict, cfg, dtype) -> None:
     """Says what was assumed for want of data, and what a setting costs."""
     if cfg.frozen == "bf16" and dtype != torch.bfloat16 and not cfg.lora_rank:
-        say(
-            "ppo: the start is computed in bf16 and the policy in fp32, so their KL is not exactly 0 at first"
-        )
+        say("ppo: the start is computed in bf16, the policy in fp32: their KL is not exactly 0 at first")
     if counts["without_is_safety"]:
         taken = "safety" if cfg.all_safety else "helpfulness"
         say(f"ppo: {counts['without_is_safety']} prompts without is_safety are taken as {taken} prompts")
@@ -100,7 +109,7 @@ def iterate(r: Run) -> dict:
     cfg, out, world = r.cfg, r.out, r.world
     totals = {
         "step": 0, "tokens": 0, "tokens_equiv": 0, "elapsed_s": 0.0, "sums": {}, "times": {}, "first_length": None,
-        "best": None, "worse": 0, "over": False, "said_equal": False,
+        "best": None, "worse": 0, "over": False, "said_equal": False, "kl_coef": r.kl_coef,
     }  # fmt: skip
     modules = r.actor.modules()
     if out.resume_step:
@@ -130,7 +139,7 @@ def iteration(r: Run, index: int, totals: dict, modules, metrics, progress, stop
     """One iteration, or what is left of it; totals are brought up to date and a checkpoint written where it is due."""
     cfg, world = r.cfg, r.world
     experience, minibatches = experience_of(r, index, totals)
-    _, advantages, returns = experience.advantages(r.kl_coef)
+    _, advantages, returns = experience.advantages(totals["kl_coef"], cfg.advantages)
     if bool((experience.combined == experience.combined[0]).all()) and not totals["said_equal"]:
         totals["said_equal"] = True
         if world.is_main:
@@ -142,7 +151,7 @@ def iteration(r: Run, index: int, totals: dict, modules, metrics, progress, stop
     if distributed.all_sum(torch.tensor(float(stop()), device=world.device), world) and totals["step"]:
         checkpoint_if_due(totals, True, False, 0, r.out, modules, r.actor, world)
     columns = (experience.old_logprobs, experience.values, advantages, returns)
-    rows = TokenRows(*(column.to(world.device) for column in columns))
+    rows = TokenRows(*(None if column is None else column.to(world.device) for column in columns))
     healthy = last_good(r, index)  # kept until the samples of its successor have been seen
     for number in range(totals["step"] % cfg.updates, cfg.updates):
         last = number + 1 == cfg.updates
@@ -161,8 +170,9 @@ def one_step(r: Run, index, number, parts, rows, experience: Experience, totals:
     per_step = cfg.minibatch // cfg.k
     chosen = experience.groups[number * per_step : (number + 1) * per_step]
     tokens = sum(len(response) for group in chosen for response in group.responses)
-    passes = 4 if cfg.lora_rank else 6  # a frozen trunk has no weight gradients
-    phases.work(r.actor.policy, [group for part in parts for group in part.batch.groups], passes)
+    groups = [group for part in parts for group in part.batch.groups]
+    passes = 2 if cfg.lora_rank else 3  # a frozen trunk has no weight gradients
+    phases.work(r.actor.policy, groups, passes * len(r.actor.optimizers()))
     try:
         with timed(totals, "update"):
             result = update(
@@ -172,7 +182,7 @@ def one_step(r: Run, index, number, parts, rows, experience: Experience, totals:
         raise degenerate(r, index, index, str(error)) from None
     r.actor.zero_grad()  # memory that checkpoints and sampling need not find taken
     sums = totals["sums"]
-    for name in MEANS:
+    for name in (name for name in MEANS if name in result):
         sums[name] = sums.get(name, 0.0) + result[name] / cfg.updates
     sums["ratio_max"] = max(sums.get("ratio_max", 0.0), result["ratio_max"])
     sums.setdefault("ratio_max_first", result["ratio_max"])
@@ -211,10 +221,10 @@ def packed(r: Run, experience: Experience) -> list[list[Part]]:
 
 
 def measured(r: Run, experience: Experience, minibatches) -> Experience:
-    """The experience with old and reference logprobs, entropy and values: one packed pass of each model."""
+    """The experience with old and reference logprobs, entropy and a critic's values: one packed pass of each model."""
     cfg, world = r.cfg, r.world
     mine = [group for parts in minibatches for part in parts for group in part.batch.groups]
-    phases.work(r.actor.policy, mine, 3)
+    phases.work(r.actor.policy, mine, 1 + len(r.actor.optimizers()))
     size = int(experience.lengths.sum())
 
     def taken(call, columns: int = 1):
@@ -223,6 +233,8 @@ def measured(r: Run, experience: Experience, minibatches) -> Experience:
     old, entropy = taken(lambda batch: r.actor.policy.logprobs(batch, cfg.temperature, True), 2)
     with present(r.reference, world.device) as model:
         (reference,) = taken(lambda batch: (model.logprobs(batch, cfg.temperature),))
+    if r.actor.critic is None:
+        return experience.measured(old, entropy, reference)
     (values,) = taken(lambda batch: (r.actor.critic.values(batch),))
     return experience.measured(old, entropy, reference, values)
 
@@ -251,10 +263,12 @@ def finish_iteration(r: Run, index, totals, experience: Experience, figures, met
         times = {f"time_{name}_s": round(totals["times"].get(name, 0.0), 4) for name in PHASES}
         metrics.write({
             "step": totals["step"], "iteration": index + 1, "lr": cfg.lr, **totals["sums"], **figures, **held,
-            "kl_coef": r.kl_coef, "tokens": totals["tokens"], "tokens_equiv": totals["tokens_equiv"],
+            "kl_coef": totals["kl_coef"], "tokens": totals["tokens"], "tokens_equiv": totals["tokens_equiv"],
             "tokens_per_s": round(equiv / max(seconds, 1e-9), 3), "elapsed_s": round(totals["elapsed_s"], 3),
             "peak_rss_mb": peak_rss_mb(), **times,
         })  # fmt: skip
         note = f"reward {figures['reward']:.4f}  kl {figures['kl']:.4f}  length {figures['length']:.1f}"
         progress.update(index + 1, f"{note}  {equiv / max(seconds, 1e-9):.0f} tokens/s")
     totals["sums"], totals["times"] = {}, {}
+    if cfg.adaptive_kl:
+        totals["kl_coef"] = adapted(totals["kl_coef"], figures["kl"], cfg.adaptive_kl)

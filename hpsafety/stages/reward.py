@@ -3,15 +3,12 @@
 
 import json
 import math
-import time
 
 import torch
 
 from hpsafety import ops
-from hpsafety.data.batches import drop_long
-from hpsafety.data.preferences import describe, drop_equal, encode_pairs, hold_out, mix
+from hpsafety.data.preferences import mix
 from hpsafety.data.sources import load_rows
-from hpsafety.errors import InputError, RunError
 from hpsafety.files import atomic_write
 from hpsafety.model.heads import reward_model_from
 from hpsafety.model.io import load_model
@@ -19,10 +16,9 @@ from hpsafety.model.reward_io import save_reward_state
 from hpsafety.safety.reward_page import show_table, write_page
 from hpsafety.safety.reward_report import summarise
 from hpsafety.train import distributed, precision, stage
-from hpsafety.train.finetune import longest
 from hpsafety.train.loop import fit
-from hpsafety.train.metrics import Progress, say
-from hpsafety.train.step import evaluate
+from hpsafety.train.metrics import say
+from hpsafety.train.pairs import measure_pairs, plan, prepare_pairs
 
 
 def run(cfg) -> None:
@@ -69,30 +65,14 @@ def _run(cfg, world) -> None:
 
 
 def prepare(records, model, cfg) -> tuple[list, list, dict, dict]:
-    """(pairs to train on, pairs held out, counts, what the loader found) of all rows of the data files.
+    """(pairs to train on, pairs held out, counts, what the loader found) of all rows of the data files; the two kinds
+    of data in the kind's mix (RM-6).
 
     Raises InputError when nothing is left to train on.
     """
-    rows, equal = drop_equal(list(records))
-    if not rows:
-        raise InputError("no pair is left: in every row chosen and rejected are the same text")
-    train_rows, held_rows, counts = hold_out(rows, cfg.seed)
-    max_length = longest(cfg, model)
-    pairs, held = (encode_pairs(model.tokenizer, part, cfg.margin) for part in (train_rows, held_rows))
-    found = describe([*train_rows, *held_rows], [*pairs, *held])
-    kept, dropped = drop_long(pairs, max_length)
-    kept_held, dropped_held = drop_long(held, max_length)
-    if not kept:
-        raise InputError(
-            f"no pair is left to train on: all {len(pairs)} are longer than {max_length} tokens; raise --max-length "
-            "(at most the model's context) or give shorter data"
-            if pairs
-            else "no pair is left to train on: every row is held out by its split"
-        )
-    mixed, shares = mix([pairs[i] for i in kept], cfg.kind, cfg.seed)
-    counts = {"rows": len(rows)} | counts | equal | shares
-    counts |= {"dropped_too_long": dropped, "valid_dropped_too_long": dropped_held}
-    return mixed, [held[i] for i in kept_held], stage.plain_counts(records.counts) | counts, found
+    pairs, held, counts, found = prepare_pairs(records, model, cfg, cfg.margin)
+    mixed, shares = mix(pairs, cfg.kind, cfg.seed)
+    return mixed, held, counts | shares, found
 
 
 def warn(cfg, pairs, held, counts) -> None:
@@ -118,12 +98,6 @@ def freeze_trunk(model) -> None:
     model.score.requires_grad_(True)
 
 
-def plan(num_pairs: int, cfg) -> tuple[int, int]:
-    """(optimiser steps in all, optimiser steps of one pass over the pairs)."""
-    one_pass = math.ceil(num_pairs / cfg.batch)
-    return cfg.steps or cfg.epochs * one_pass, one_pass
-
-
 def warmup_steps(total: int) -> int:
     """RM-7: 3 % of the optimiser steps, at least 5."""
     return max(5, math.ceil(0.03 * total))
@@ -131,18 +105,18 @@ def warmup_steps(total: int) -> int:
 
 def pair_loss(aux_weight: float):
     """The loss of a micro-batch of Pairs (train.step.train_step); its denominator counts pairs (RM-8)."""
-    return lambda model, batch, num_pairs: loss_of(model.rewards(batch), batch, aux_weight, num_pairs)
+    return lambda model, batch, num_pairs: loss_of(model.rewards(batch), batch.groups, aux_weight, num_pairs)
 
 
-def loss_of(scores, batch, aux_weight: float, num_pairs):
-    """Both losses of a batch of Pairs: scalar fp32.
+def loss_of(scores, pairs, aux_weight: float, num_pairs):
+    """Both losses of P Pairs: scalar fp32.
 
     scores  (2P,) logits, chosen and rejected of each pair in turn; num_pairs: of the step, over micro-batches and ranks
     """
-    chosen, rejected = scores.view(len(batch.groups), 2).t().contiguous()
-    margin = torch.tensor([pair.margin for pair in batch.groups], device=scores.device)
-    safe = torch.tensor([pair.safe for pair in batch.groups], dtype=torch.int8, device=scores.device)
-    safe_chosen, safe_rejected = safe.view(len(batch.groups), 2).t().contiguous()
+    chosen, rejected = scores.view(len(pairs), 2).t().contiguous()
+    margin = torch.tensor([pair.margin for pair in pairs], device=scores.device)
+    safe = torch.tensor([pair.safe for pair in pairs], dtype=torch.int8, device=scores.device)
+    safe_chosen, safe_rejected = safe.view(len(pairs), 2).t().contiguous()
     return ops.pair_loss(chosen, rejected, margin, safe_chosen, safe_rejected, aux_weight, num_pairs)
 
 
@@ -181,26 +155,8 @@ def score_held_out(model, held, cfg, world) -> tuple[float | None, list[tuple[fl
 
     Raises RunError, naming the pair, for a score that is not finite.
     """
-    scores = torch.zeros(len(held), 2, dtype=torch.float64, device=world.device)
-    place = {id(pair): i for i, pair in enumerate(held)}
-    progress = Progress("scoring held-out pairs", len(held)) if world.is_main and held else None
-    done, started = 0, time.perf_counter()
-
-    def loss(model, batch, num_pairs):
-        nonlocal done
-        values = model.rewards(batch)
-        scores[[place[id(pair)] for pair in batch.groups]] = values.view(len(batch.groups), 2).double()
-        done += len(batch.groups)
-        if progress:
-            all_done = min(len(held), done * world.size)  # the ranks have about equal shares
-            progress.update(all_done, f"{all_done / (time.perf_counter() - started):.1f} pairs/s")
-        return loss_of(values, batch, cfg.aux_weight, num_pairs)
-
-    value = evaluate(model, held, loss, len(held), cfg.tokens_per_batch, world)
-    if progress:
-        progress.close()
-    rows = distributed.all_sum(scores, world).tolist()
-    for pair, row in zip(held, rows, strict=True):
-        if not all(map(math.isfinite, row)):
-            raise RunError(f"the scores of held-out pair {pair.name} are {row}; lower --lr")
-    return value if held else None, [tuple(row) for row in rows]
+    fault = "the scores of held-out pair {name} are {row}; lower --lr"
+    title = "scoring held-out pairs"
+    scores = measure_pairs(model, held, model.rewards, cfg.tokens_per_batch, world, title, fault)
+    loss = float(loss_of(scores.float().flatten(), held, cfg.aux_weight, len(held))) if held else None
+    return loss, [tuple(row) for row in scores.tolist()]

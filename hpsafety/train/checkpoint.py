@@ -156,9 +156,11 @@ def load(path: Path, model, optimizer, world) -> dict:
 
 
 def drop_training_state(folder: Path) -> None:
-    """Removes the optimiser's part of every checkpoint, the best weights, PPO's rollouts and parked models: a finished
-    stage has its model."""
-    for path in [*folder.glob("experience-*"), *folder.glob("frozen-*")]:
+    """Removes the optimiser's part of every checkpoint, the best weights, PPO's rollouts and parked models, and DPO's
+    reference: a finished stage has its model."""
+    for path in [
+        f for name in ("experience-*", "frozen-*", "reference.safetensors") for f in folder.glob(name)
+    ]:
         path.unlink()
     for step in steps(folder):
         shutil.rmtree(folder / f"step-{step}" / "optimizer", ignore_errors=True)

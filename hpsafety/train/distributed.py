@@ -13,7 +13,8 @@ from torch import nn
 
 from hpsafety.train import phases
 
-ENTRY_POINTS = ("logprobs", "nll", "rewards", "values")  # methods beside forward that use parameters
+# Methods beside forward that use parameters. They must not call each other: the inner one would end the outer's gather.
+ENTRY_POINTS = ("logprobs", "nll", "rewards", "values", "divergence")
 
 
 @dataclass(frozen=True)

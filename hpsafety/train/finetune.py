@@ -1,7 +1,8 @@
-"""Fine-tuning on demonstrations, which several stages do: loss on answer tokens only (spec section 2)."""
+"""Fine-tuning, which several stages do; on demonstrations with the loss on answer tokens only (spec section 2)."""
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -16,13 +17,18 @@ from hpsafety.train.loop import fit
 log = logging.getLogger("hpsafety")
 
 
-def build_groups(rows: list[dict], tokenizer, max_length: int) -> tuple[list, dict]:
+def build_groups(rows: list[dict], tokenizer, max_length: int, train: str = "all") -> tuple[list, dict]:
     """(groups that fit max_length tokens, counts). Too long a group is dropped and counted, never cut (SFT-3).
 
-    rows  with `prompt` and `response`
+    rows   with `prompt` and `response`
+    train  "last" learns the response alone, "all" the prompt's own assistant turns too
     Raises InputError when nothing is left.
     """
-    groups = [encode(tokenizer, row) for row in rows]
+    return fitting([encode(tokenizer, row, train) for row in rows], max_length)
+
+
+def fitting(groups: list, max_length: int) -> tuple[list, dict]:
+    """(the groups of at most max_length tokens, how many were dropped). Raises InputError when nothing is left."""
     kept, dropped = drop_long(groups, max_length)
     if not kept:
         raise InputError(
@@ -35,10 +41,10 @@ def build_groups(rows: list[dict], tokenizer, max_length: int) -> tuple[list, di
     return [groups[i] for i in kept], {"dropped_too_long": dropped}
 
 
-def encode(tokenizer, row: dict) -> PromptGroup:
+def encode(tokenizer, row: dict, train: str = "all") -> PromptGroup:
     """A demonstration as a group. Where the sampler cut the answer (`finish` is "length"), the end of turn is not
     trained: the model never said that it had finished."""
-    group = encode_dialogue(tokenizer, row["prompt"], row["response"])
+    group = encode_dialogue(tokenizer, row["prompt"], row["response"], train)
     if row.get("finish") != "length":
         return group
     mask = [True] * len(group.responses[0]) if group.train is None else list(group.train[0])
@@ -64,17 +70,31 @@ def nll(model, batch, denominator):
     return model.nll(batch, denominator)
 
 
-def finetune(model, groups: list, valid: list, cfg, dtype: torch.dtype, out, world, title: str) -> dict:
-    """Trains `model` (fp32, whole, on the CPU) on `groups`, writes OUT/model; returns counts for the manifest.
+def finetune(
+    model, groups: list, valid: list, cfg, dtype: torch.dtype, out, world, title: str, loss: Callable = nll
+) -> dict:
+    """Trains `model` on demonstrations: see train. valid may be empty: no early stopping.
 
-    cfg  the stage's dataclass with the training flags; out: RunDir, open; valid may be empty: no early stopping
+    loss  loss(model, batch, denominator) -> scalar; the denominator counts trained tokens
     """
     if not valid and world.is_main:
-        log.info("no rows with split valid: early stopping is off")
+        log.info("no held-out rows are watched: early stopping is off")
+    return train(model, groups, valid, loss, count_trained, cfg, dtype, out, world, title)
+
+
+def train(
+    model, groups: list, valid: list, loss, count, cfg, dtype: torch.dtype, out, world, title: str
+) -> dict:
+    """Trains `model` (fp32, whole, on the CPU; it is moved and sharded in place) on `groups`, writes OUT/model; returns
+    counts for the manifest.
+
+    valid, loss, count  as train.loop.fit takes them
+    cfg  the stage's dataclass with the training flags; out: RunDir, open
+    """
     model = distributed.shard(model.to(world.device), world, dtype)
     model.recompute = cfg.recompute
     settings = stage.fit_settings(cfg, dtype, cfg.warmup)
-    done = fit(model, groups, valid, nll, count_trained, settings, out, world, title)
+    done = fit(model, groups, valid, loss, count, settings, out, world, title)
     tensors = stage.whole_weights(model)
     if world.is_main:
         save_state(model.config, tensors, model.tokenizer, model.generation, out.path / "model")

@@ -78,7 +78,7 @@ def fit(
 
     valid  held-out groups: their loss is taken after each pass, training stops at the first pass that raises it, and
            the model ends with the best pass's weights; empty for no early stopping
-    loss   loss(model, batch, denominator) -> scalar
+    loss   loss(model, batch, denominator) -> scalar, or with figures for metrics (train.step.train_step)
     count  the loss denominator of a list of groups (trained tokens, pairs ...)
     run    RunDir, open; the run goes on from run.resume_step
     Raises Interrupted after SIGINT or SIGTERM, FloatingPointError after three non-finite gradients in a row.
@@ -179,7 +179,7 @@ def _after_step(totals, result, lr, seconds, metrics, progress, world) -> dict:
         metrics.write({
             "step": new["step"], "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm,
             "tokens": new["tokens"], "tokens_equiv": new["tokens_equiv"], "tokens_per_s": round(rate, 3),
-            "elapsed_s": round(new["elapsed_s"], 3), "peak_rss_mb": peak_rss_mb(), **valid,
+            "elapsed_s": round(new["elapsed_s"], 3), "peak_rss_mb": peak_rss_mb(), **result.figures, **valid,
         })  # fmt: skip
         progress.update(new["step"], f"loss {result.loss:.4f}  {rate:.0f} tokens/s")
     return new

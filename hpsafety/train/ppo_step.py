@@ -20,6 +20,7 @@ from hpsafety.train.optim import AdamW
 from hpsafety.train.step import assign, local_batches
 
 VALUE_COEF = 0.5  # of the value loss beside the policy loss (spec section 5)
+# What update gives of a minibatch and an iteration averages; those of the value only where there is a critic.
 MEANS = ("loss", "policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", "grad_norm_value")
 
 
@@ -36,33 +37,40 @@ class TokenRows:
     """What the updates need to know of every sampled token: (N,) fp32 each, on the device."""
 
     old_logprobs: torch.Tensor
-    old_values: torch.Tensor
+    old_values: torch.Tensor | None  # None without a critic, as returns
     advantages: torch.Tensor
-    returns: torch.Tensor
+    returns: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class ActorCritic:
-    """The two models that train, each with its own optimiser."""
+    """The two models that train, each with its own optimiser; critic and its optimiser are None where the advantages
+    need none."""
 
     policy: torch.nn.Module
-    critic: torch.nn.Module
+    critic: torch.nn.Module | None
     policy_optimizer: AdamW
-    critic_optimizer: AdamW
+    critic_optimizer: AdamW | None
 
     def modules(self) -> torch.nn.Module:
         """Both as one module, for a checkpoint."""
-        return torch.nn.ModuleDict({"policy": self.policy, "critic": self.critic})
+        roles = {"policy": self.policy, "critic": self.critic}
+        return torch.nn.ModuleDict({role: model for role, model in roles.items() if model is not None})
+
+    def optimizers(self) -> dict[str, AdamW]:
+        """policy, and critic where there is one."""
+        parts = {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
+        return {role: part for role, part in parts.items() if part is not None}
 
     def zero_grad(self) -> None:
-        """Lets both models' gradients go."""
-        self.policy_optimizer.zero_grad()
-        self.critic_optimizer.zero_grad()
+        """Lets all gradients go."""
+        for optimizer in self.optimizers().values():
+            optimizer.zero_grad()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Both optimisers' state, as AdamW.state()."""
-        parts = {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
-        return {f"{role}.{name}": t for role, part in parts.items() for name, t in part.state().items()}
+        parts = self.optimizers().items()
+        return {f"{role}.{name}": t for role, part in parts for name, t in part.state().items()}
 
 
 def pack_minibatches(
@@ -110,6 +118,7 @@ def update(
     num_tokens  the minibatch's sampled tokens over all micro-batches and ranks: the denominator of both losses
     stop        has this rank been told to stop?
     The loss is split at the models' border (it is a sum), so that only one model's activations are held at a time.
+    Without a critic the loss is the policy's, and MEANS lacks value_loss and grad_norm_value.
     Raises FloatingPointError for a loss or gradient that is not finite.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
@@ -118,39 +127,50 @@ def update(
     with phases.phase("optimiser"):
         actor.zero_grad()
     for part in parts:
-        old, old_values, advantages, returns = (
-            row[part.rows] for row in (rows.old_logprobs, rows.old_values, rows.advantages, rows.returns)
-        )
-        mask = part.batch.train_mask
+        old, advantages = rows.old_logprobs[part.rows], rows.advantages[part.rows]
+        mask, nothing = part.batch.train_mask, torch.zeros_like(old)  # as values: a value loss of 0
         with phases.phase("forward"):
             logprobs = actor.policy.logprobs(part.batch, temperature)
-            policy = ops.ppo_loss(logprobs, old, advantages, old_values, old_values, returns, mask,
+            policy = ops.ppo_loss(logprobs, old, advantages, nothing, nothing, nothing, mask,
                                   value_coef=0.0, **settings)  # fmt: skip
         with phases.phase("backward"):
             policy.loss.backward()
-        with phases.phase("forward"):
-            values = actor.critic.values(part.batch)
-            value = ops.ppo_loss(old, old, advantages, values, old_values, returns, mask,
-                                 value_coef=VALUE_COEF, **settings)  # fmt: skip
-        with phases.phase("backward"):
-            value.loss.backward()
-        figures = (policy.policy_loss, value.value_loss, policy.clip_fraction, policy.approx_kl)
-        sums[:4] += torch.stack(figures).double()
+        figures = (policy.policy_loss, policy.clip_fraction, policy.approx_kl)
+        sums[:3] += torch.stack(figures).double()
         ratio_max = torch.maximum(ratio_max, policy.ratio_max)
+        if actor.critic is not None:
+            sums[3] += _value_backward(actor.critic, part, rows, settings)
     sums[4] = float(stop())
-    policy_loss, value_loss, clipped, approx_kl, stops = distributed.all_sum(sums, world).tolist()
+    policy_loss, clipped, approx_kl, value_loss, stops = distributed.all_sum(sums, world).tolist()
     total = policy_loss + VALUE_COEF * value_loss
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss is {total} (policy {policy_loss}, value {value_loss})")
-    norms = _step(actor, lr, world)
-    figures = dict(zip(MEANS, (total, policy_loss, value_loss, clipped, approx_kl, *norms), strict=True))
+    norm, *norm_value = _step(actor, lr, world)
+    figures = {"loss": total, "policy_loss": policy_loss, "clip_fraction": clipped, "approx_kl": approx_kl}
+    figures |= {"grad_norm": norm}
+    if norm_value:
+        figures |= {"value_loss": value_loss, "grad_norm_value": norm_value[0]}
     return figures | {"ratio_max": float(distributed.all_max(ratio_max, world)), "stop": stops > 0}
 
 
-def _step(actor: ActorCritic, lr: float, world) -> tuple[float, float]:
-    """Updates both models: (policy's, critic's gradient norm). A model whose norm is not finite is left as it was."""
+def _value_backward(critic, part: Part, rows: TokenRows, settings: dict) -> torch.Tensor:
+    """Forward and backward of the critic on one micro-batch; its value loss, 0-dim."""
+    old, old_values, advantages, returns = (
+        row[part.rows] for row in (rows.old_logprobs, rows.old_values, rows.advantages, rows.returns)
+    )
+    with phases.phase("forward"):
+        values = critic.values(part.batch)
+        value = ops.ppo_loss(old, old, advantages, values, old_values, returns, part.batch.train_mask,
+                             value_coef=VALUE_COEF, **settings)  # fmt: skip
+    with phases.phase("backward"):
+        value.loss.backward()
+    return value.value_loss.double()
+
+
+def _step(actor: ActorCritic, lr: float, world) -> list[float]:
+    """Updates the models: the gradient norm of each. A model whose norm is not finite is left as it was."""
     with phases.phase("optimiser"):
-        norms = tuple(float(o.step(lr, world)) for o in (actor.policy_optimizer, actor.critic_optimizer))
-    if not all(map(math.isfinite, norms)):
-        raise FloatingPointError(f"the gradient norms of policy and critic are {norms[0]} and {norms[1]}")
-    return norms
+        norms = {role: float(o.step(lr, world)) for role, o in actor.optimizers().items()}
+    if not all(map(math.isfinite, norms.values())):
+        raise FloatingPointError(f"the gradient norms are {norms}")
+    return list(norms.values())

@@ -21,6 +21,7 @@ class StepResult:
     tokens_equiv: int
     groups_per_rank: list[int]
     stop: bool
+    figures: dict[str, float]  # what the loss gave beside itself, summed likewise
 
 
 def assign(model, groups: list[PromptGroup], world) -> list[list[PromptGroup]]:
@@ -54,8 +55,13 @@ def evaluate(
     phases.work(model, parts[world.rank], 1)
     for batch in local_batches(parts, tokens_per_batch, world):
         with phases.phase("validation"):
-            total += loss(model, batch, denominator)
+            total += split_loss(loss(model, batch, denominator))[0]
     return float(distributed.all_sum(total, world))
+
+
+def split_loss(given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss, figures): a loss function gives a scalar, or a pair of it and figures by name that add up as it does."""
+    return given if isinstance(given, tuple) else (given, {})
 
 
 def train_step(
@@ -64,7 +70,8 @@ def train_step(
 ) -> StepResult:  # fmt: skip
     """Forward and backward of `groups` in micro-batches of at most tokens_per_batch tokens, then one AdamW update.
 
-    loss         loss(model, batch, denominator) -> scalar; its sum over micro-batches and ranks is the step's loss
+    loss         loss(model, batch, denominator) -> scalar; its sum over micro-batches and ranks is the step's loss.
+                 Or (scalar, {name: 0-dim tensor}), figures that are summed alike
     denominator  what the loss is divided by, counted over the whole step on all ranks
     stop         asked after the update: has this rank been told to stop? All ranks share the answer and stop together
     The micro-batch split and the number of ranks change the result by rounding only.
@@ -74,19 +81,25 @@ def train_step(
     phases.work(model, parts[world.rank], passes(model))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = tokens_equiv = 0
+    figures: dict[str, torch.Tensor] = {}
     with phases.phase("optimiser"):
         optimizer.zero_grad()
     for batch in local_batches(parts, tokens_per_batch, world):
         with phases.phase("forward"):
-            value = loss(model, batch, denominator)
+            value, given = split_loss(loss(model, batch, denominator))
         with phases.phase("backward"):
             value.backward()
         total += value.detach()
+        figures = {name: figures.get(name, 0.0) + x.detach().double() for name, x in given.items()}
         tokens, tokens_equiv = tokens + batch.tokens_computed, tokens_equiv + batch.tokens_equiv
         del value, batch
     with phases.phase("optimiser"):
         norm = optimizer.step(lr, world)
     sums = torch.stack([total, *(torch.tensor(float(x), dtype=torch.float64, device=world.device)
-                                 for x in (tokens, tokens_equiv, stop()))])  # fmt: skip
-    loss_sum, tokens, tokens_equiv, stops = distributed.all_sum(sums, world).tolist()
-    return StepResult(loss_sum, float(norm), int(tokens), int(tokens_equiv), list(map(len, parts)), stops > 0)
+                                 for x in (tokens, tokens_equiv, stop())), *figures.values()])  # fmt: skip
+    loss_sum, tokens, tokens_equiv, stops, *means = distributed.all_sum(sums, world).tolist()
+    named = dict(zip(figures, means, strict=True))
+    groups_per_rank = list(map(len, parts))
+    return StepResult(
+        loss_sum, float(norm), int(tokens), int(tokens_equiv), groups_per_rank, stops > 0, named
+    )

@@ -15,6 +15,7 @@ from hpsafety.safety import ppo_memory
 from hpsafety.safety.ppo_memory import make_plan, num_parameters, saved_per_token
 from hpsafety.train import distributed
 from hpsafety.train.optim import AdamW
+from hpsafety.train.ppo_step import ActorCritic
 from tests.tiny import random_groups, tiny_config, tiny_model
 
 WORLD = distributed.World(0, 1, torch.device("cpu"))
@@ -160,10 +161,7 @@ def test_the_process_is_what_models_do_not_explain(monkeypatch):
     """What is in memory is taken from the process, shared weights once."""
     policy = tiny_model()
     critic = value_model_from(policy)
-    actor = SimpleNamespace(
-        policy=policy, critic=critic, policy_optimizer=AdamW(policy), critic_optimizer=AdamW(critic),
-        modules=lambda: torch.nn.ModuleList([policy, critic]),
-    )  # fmt: skip
+    actor = ActorCritic(policy, critic, AdamW(policy), AdamW(critic))
     count = sum(p.numel() for p in [*policy.parameters(), *critic.parameters()])
     monkeypatch.setattr(ppo_memory, "resident", lambda: 10**9)
     monkeypatch.setattr(ppo_memory, "LIBRARIES", 0)

@@ -160,6 +160,16 @@ def test_adapters_on_one_trunk(precision, frozen, model_dir, judges, prompts, tm
     assert (got - start_).abs().max() > 10 * (got - expected).abs().max()
 
 
+def test_adapters_without_a_critic(model_dir, judges, prompts, tmp_path, capsys):
+    """One set of adapters where the advantages need no critic; the plan knows of no other."""
+    cfg = config(model_dir, judges, prompts, tmp_path / "run", lora_rank=2, lr=1e-2, advantages="group")
+    ppo.run(cfg)
+    rows = metrics(cfg.out)
+    assert [row["ratio_max_first"] for row in rows] == [1.0] * 3 and rows[0]["kl"] == 0.0 != rows[1]["kl"]
+    err = capsys.readouterr().err
+    assert "policy adapters" in err and "critic adapters" not in err
+
+
 def unheld(prompts, tmp_path) -> str:
     """The prompts without held-out ones, so that the policy ends as the last and not as the best."""
     path = tmp_path / "unheld.jsonl"

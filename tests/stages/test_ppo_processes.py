@@ -44,13 +44,13 @@ except KeyboardInterrupt as stop:
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def start(cfg, log="", ranks=0) -> subprocess.Popen:
-    script = Path(cfg.out).parent / "worker.py"
-    script.write_text(SCRIPT)
+def start(cfg, log="", ranks=0, script=SCRIPT) -> subprocess.Popen:
+    path = Path(cfg.out).parent / "worker.py"
+    path.write_text(script)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     words = [json.dumps(dataclasses.asdict(cfg)), str(log)]
     return subprocess.Popen(
-        [sys.executable, *launch, str(script), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *launch, str(path), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=ENV, cwd=ROOT,
     )  # fmt: skip
 
@@ -95,7 +95,10 @@ def test_killed_at_random_moments_and_resumed(number, kills, model_dir, judges, 
     assert stable(metrics(tmp_path / "broken")) == stable(metrics(tmp_path / "whole"))
 
 
-def test_two_ranks_draw_the_same_samples(model_dir, judges, prompts, tmp_path):
+@pytest.mark.parametrize(
+    "advantages", ["gae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("group", "rloo"))]
+)
+def test_two_ranks_draw_the_same_samples(advantages, model_dir, judges, prompts, tmp_path):
     """Issue 6: under torchrun with 2 gloo ranks the single-process losses over 5 iterations within 1e-4, and the same
     rollouts."""
     one = config(
@@ -105,7 +108,9 @@ def test_two_ranks_draw_the_same_samples(model_dir, judges, prompts, tmp_path):
         tmp_path / "one",
         iterations=5,
         lr=1e-4,
-        critic_from=str(judges / "safety"),
+        advantages=advantages,
+        critic_from=str(judges / "safety") if advantages == "gae" else None,
+        adaptive_kl=0.05,
     )
     two = dataclasses.replace(one, out=str(tmp_path / "two"))
     first, second = start(one, tmp_path / "one.log"), start(two, tmp_path / "two.log", ranks=2)
@@ -117,7 +122,7 @@ def test_two_ranks_draw_the_same_samples(model_dir, judges, prompts, tmp_path):
 
     assert len(drawn("one")) == 5 * 8 + 3 * 4 and drawn("two") == drawn("one")
     alone, ranks = metrics(one.out), metrics(two.out)
-    for name in ("loss", "reward", "kl", "value_loss", "valid_reward", "ratio_max"):
+    for name in ("loss", "reward", "kl", "kl_coef", "value_loss", "valid_reward", "ratio_max"):
         got, wanted = ([row[name] for row in rows if name in row] for rows in (ranks, alone))
         assert got == pytest.approx(wanted, abs=1e-4), name
     for name in ("tokens", "tokens_equiv", "length", "ratio_max_first"):

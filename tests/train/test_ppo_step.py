@@ -130,6 +130,32 @@ def test_losses_and_gradients_are_the_plain_formula(budget, monkeypatch):
             assert torch.allclose(p.grad.double(), wanted.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_without_a_critic_the_policy_is_trained_alike():
+    """No critic: the policy's loss and gradients to the bit, no figures of a value, and nothing of it to be kept."""
+    groups, results = random_groups(5, 2, seed=4), []
+    for with_critic in (True, False):
+        policy = tiny_model()
+        actor = (
+            actor_of(policy, critic_of(policy))
+            if with_critic
+            else ActorCritic(policy, None, AdamW(policy), None)
+        )
+        old = policy.logprobs(pack(groups), TEMPERATURE).detach()
+        rows = rows_for(old, torch.zeros_like(old), drift=0.3)
+        if not with_critic:
+            rows = TokenRows(rows.old_logprobs, None, rows.advantages, None)
+        results.append((step(actor, groups, rows), list(policy.parameters()), actor))
+    (both, _, _), (alone, _, actor) = results
+    assert (
+        both.keys() - alone.keys() == {"value_loss", "grad_norm_value"}
+        and alone["loss"] == both["policy_loss"]
+    )
+    assert [alone[n] for n in alone if n != "loss"] == [both[n] for n in alone if n != "loss"]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert {name.split(".")[0] for name, _ in actor.modules().named_parameters()} == {"policy"}
+    assert {name.split(".")[0] for name in actor.state()} == {"policy"}
+
+
 def test_a_loss_that_is_not_finite_updates_nothing():
     policy, groups = tiny_model(), random_groups(3)
     actor = actor_of(policy, critic_of(policy))
