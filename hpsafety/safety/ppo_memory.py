@@ -202,9 +202,8 @@ def _update(cfg, policy, roles, tokens, several, size) -> int:
     else:
         kept = policy.num_layers * saved_per_token(policy, size, cfg.lora_rank)
     kept = tokens * (kept + passing_per_token(policy, size))
-    words = (
-        0 if cfg.lora_rank else policy.vocab_size * policy.width * size
-    )  # a second gradient, about to be added
+    # The embedding's second gradient, about to be added to its first.
+    words = 0 if cfg.lora_rank else policy.vocab_size * policy.width * size
     gradients = [role.gradients for role in roles.values() if role.gradients]
     if several or not gradients:
         return sum(gradients) + kept + words
