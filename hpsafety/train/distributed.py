@@ -106,6 +106,14 @@ def all_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return tensor
 
 
+def all_sum_together(tensors: list[torch.Tensor], world: World) -> None:
+    """Adds up each tensor over the ranks, in place, in one message."""
+    if world.size > 1:
+        flat = all_sum(torch.cat([tensor.flatten() for tensor in tensors]), world)
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+
+
 def all_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """The largest over ranks, element by element, on every rank."""
     if world.size > 1:
