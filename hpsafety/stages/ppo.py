@@ -20,7 +20,7 @@ from hpsafety.rollout import invariance
 from hpsafety.rollout.advantages import adapted
 from hpsafety.rollout.experience import Experience
 from hpsafety.safety.ppo_frozen import load_reference, park_judges
-from hpsafety.safety.ppo_health import degenerate, hold_out, last_good, refuse_degenerate
+from hpsafety.safety.ppo_health import degenerate, held_out, hold_out, last_good, refuse_degenerate
 from hpsafety.safety.ppo_memory import check_memory, peak_bytes, plan_of
 from hpsafety.safety.ppo_page import write_page
 from hpsafety.safety.ppo_run import Run, drawn, sample_and_judge, sampling, timed
@@ -112,7 +112,7 @@ def iterate(r: Run) -> dict:
     cfg, out, world = r.cfg, r.out, r.world
     totals = {
         "step": 0, "tokens": 0, "tokens_equiv": 0, "elapsed_s": 0.0, "sums": {}, "times": {}, "first_length": None,
-        "best": None, "worse": 0, "over": False, "said_equal": False, "kl_coef": r.kl_coef,
+        "best": None, "worse": 0, "over": False, "said_equal": False, "kl_coef": r.kl_coef, "held": [],
     }  # fmt: skip
     modules = r.actor.modules()
     if out.resume_step:
@@ -135,7 +135,8 @@ def iterate(r: Run) -> dict:
     if totals["best"] is not None:
         checkpoint.load_best(out.checkpoints, r.actor.policy, world)
     names = ("tokens", "tokens_equiv")
-    return {"steps": totals["step"], "best_valid_reward": totals["best"]} | {n: totals[n] for n in names}
+    counts = {"steps": totals["step"], "best_valid_reward": totals["best"]} | held_out(totals)
+    return counts | {n: totals[n] for n in names}
 
 
 def iteration(r: Run, index: int, totals: dict, modules, metrics, progress, stop) -> None:
