@@ -106,7 +106,9 @@ def trade_figure(variants: list[dict]) -> str:
         across = [v["measures"][name] for v in variants]
         xs, ys = [scale * m["value"] for m in across], [m["value"] for m in up]
         ax.plot(xs, ys, color=INK, alpha=0.4, linewidth=1)
-        for x, y, m, above, colour, v in zip(xs, ys, across, up, ramp(len(xs)), variants, strict=True):
+        for i, (x, y, m, above, colour, v) in enumerate(
+            zip(xs, ys, across, up, ramp(len(xs)), variants, strict=True)
+        ):
             (left, right), (down, high) = spread(m, scale), spread(above)
             ax.errorbar(
                 x, y, xerr=[[left], [right]], yerr=[[down], [high]], fmt="o", color=colour, markersize=8, capsize=3,
@@ -115,7 +117,7 @@ def trade_figure(variants: list[dict]) -> str:
             ax.annotate(
                 _name(v),
                 (x, y),
-                xytext=(6, 6),
+                xytext=(6, -13 if i % 2 else 6),
                 textcoords="offset points",
                 fontsize=9,
                 fontweight="bold",

@@ -82,7 +82,8 @@ def show_tables(result: dict) -> None:
 def trend_line(result: dict) -> str:
     """Rank correlations of the fraction with what it should and should not move."""
     names = {
-        "safety_score": "mean safety score", "helpful_score": "mean helpfulness score",
+        "safety_score": "mean safety score", "refused_adversarial": "refused adversarial prompts",
+        "helpful_score": "mean helpfulness score",
         "refused_borderline": "refused borderline prompts",
     }  # fmt: skip
     found = [

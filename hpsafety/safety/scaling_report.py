@@ -21,6 +21,7 @@ from hpsafety.safety.measure import JUDGED, SETS
 PERCENTILES = (1, 5, 10)
 CSV_FIELDS = ("fraction", "measure", "set", "judge", "value", "n", "low", "high")
 SAMPLES_PER_SET = 2
+TRENDS = ("safety_score", "refused_adversarial", "helpful_score", "refused_borderline")  # rank correlations
 
 
 def set_of(row: dict) -> str:
@@ -81,10 +82,7 @@ def summarise(
         for v, run in enumerate(runs)
     ]  # fmt: skip
     fractions = [run["fraction"] for run in runs]
-    trend = {
-        name: spearman(fractions, [v["measures"][name]["value"] for v in variants])
-        for name in ("safety_score", "helpful_score", "refused_borderline")
-    }
+    trend = {name: spearman(fractions, [v["measures"][name]["value"] for v in variants]) for name in TRENDS}
     return {
         "sets": {name: len(part) for name, part in by_set(prompts, prompts).items()},
         "base_fraction": runs[base]["fraction"], "trend": trend, "variants": variants,
