@@ -62,6 +62,11 @@ COMMANDS = {
         "GAttConfig",
         "hpsafety.stages.gatt:run",
     ),
+    "scaling": (
+        "the safety-data-scaling study: what more safety data buys, and what it costs; --demo for a small one",
+        "ScalingConfig",
+        "hpsafety.scaling:run",
+    ),
     "distill": (
         "safety context distillation: sample with a preprompt, learn without it what the safety model prefers",
         "DistillConfig",

@@ -19,6 +19,7 @@ _ELSEWHERE = {
     "config_sampling": ("ScoreConfig", "SampleConfig", "ChatConfig", "RejectConfig"),
     "config_ppo": ("PPOConfig",),
     "config_gatt": ("GAttConfig",),
+    "config_scaling": ("ScalingConfig",),
     "config_distill": ("DistillConfig",),
     "config_tools": ("DemoConfig", "ProfileConfig", "BenchConfig", "BenchCompareConfig"),
 }
@@ -99,18 +100,23 @@ class TrainConfig:
         require(self, "model", bool(self.model), "a directory, a file or a name")
         require(self, "data", len(self.data) > 0 and all(self.data), "one file or more")
         require(self, "out", bool(self.out), "a directory")
-        require_seed(self)
-        require_device(self)
-        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
-        require_at_least(self, 1, "batch", "tokens_per_batch", "epochs", "steps")
-        require_at_least(self, 2, "max_length")
-        require_at_least(self, 0, "warmup", "checkpoint_every")
-        for field in ("lr", "eps", "clip"):
-            value = getattr(self, field)
-            require(self, field, math.isfinite(value) and value > 0, "a number greater than 0")
-        require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a number, 0 or greater")
-        for field in ("beta1", "beta2"):
-            require(self, field, 0 <= getattr(self, field) < 1, "from 0 to below 1")
+        require_training(self)
+
+
+def require_training(cfg: TrainConfig) -> None:
+    """The settings of a training, without what it reads and writes."""
+    require_seed(cfg)
+    require_device(cfg)
+    require(cfg, "precision", cfg.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+    require_at_least(cfg, 1, "batch", "tokens_per_batch", "epochs", "steps")
+    require_at_least(cfg, 2, "max_length")
+    require_at_least(cfg, 0, "warmup", "checkpoint_every")
+    for field in ("lr", "eps", "clip"):
+        value = getattr(cfg, field)
+        require(cfg, field, math.isfinite(value) and value > 0, "a number greater than 0")
+    require(cfg, "weight_decay", 0 <= cfg.weight_decay < math.inf, "a number, 0 or greater")
+    for field in ("beta1", "beta2"):
+        require(cfg, field, 0 <= getattr(cfg, field) < 1, "from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,6 +89,13 @@ class PPOConfig:
     checkpoint_every: int = option("optimiser steps between checkpoints; 0: only when interrupted", 8)
     resume: bool = option("go on from the checkpoint that OUT holds", True)
     recompute: bool = option("recompute blocks in backward: less memory, a third more work", False)
+    frozen: Literal["resident", "bf16", "mapped"] = option(
+        "the start and the reward models: in memory, in memory as bf16, or in files mapped in turn",
+        "resident",
+    )
+    lora_rank: int = option(
+        "train adapters of this rank on one frozen trunk instead of all weights; 0: all weights", 0
+    )
 
     @property
     def updates(self) -> int:
@@ -143,4 +150,7 @@ class PPOConfig:
         require(self, "kv_memory", known, "a size such as 512MB or 2GB")
         require_seed(self)
         require_device(self)
+        require(self, "frozen", self.frozen in ("resident", "bf16", "mapped"), "resident, bf16 or mapped")
+        require_at_least(self, 0, "lora_rank")
+        require(self, "critic_from", not (self.lora_rank and self.critic_from), "absent with --lora-rank")
         require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")

@@ -25,6 +25,7 @@ class DemoConfig:
     k: int = option("answers per prompt in rejection sampling", 4)
     reject_tokens: int = option("tokens of prompts and samples in rejection sampling, at most", 8_000)
     ppo_tokens: int = option("tokens of prompts and samples in PPO, at most", 8_000)
+    distill_tokens: int = option("tokens of prompts and samples in distillation, at most", 8_000)
     ppo_lr: float = option("learning rate of PPO, constant", 1e-5)
 
     def __post_init__(self):
@@ -33,7 +34,7 @@ class DemoConfig:
         require_device(self)
         require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
         require_at_least(self, 1, "batch", "train_tokens", "eval_prompts", "answer_tokens", "reward_tokens")
-        require_at_least(self, 1, "held_pairs", "k", "reject_tokens", "ppo_tokens")
+        require_at_least(self, 1, "held_pairs", "k", "reject_tokens", "ppo_tokens", "distill_tokens")
         for field in ("lr", "ppo_lr"):
             value = getattr(self, field)
             require(self, field, math.isfinite(value) and value > 0, "a number greater than 0")

@@ -10,94 +10,48 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from hpsafety.config import DemoConfig, PPOConfig, RejectConfig, RewardConfig, SFTConfig
-from hpsafety.data.batches import group_tokens
-from hpsafety.data.chat import encode_dialogue, encode_prompt, encode_response
+from hpsafety.config import DemoConfig, DistillConfig, PPOConfig, RejectConfig, SFTConfig
+from hpsafety.data.chat import encode_prompt
 from hpsafety.data.demo import path as demo_path
 from hpsafety.data.records import read_records, write_records
+from hpsafety.demo_parts import KINDS, MODEL, choose_rows, in_turn, judges, train_judge, within
 from hpsafety.errors import InputError
 from hpsafety.files import atomic_write
 from hpsafety.model.io import load_model
 from hpsafety.report.demo import terminal_tables, write_report
 from hpsafety.safety.measure import SETS, Measured, measure, score_answers
-from hpsafety.stages import ppo, reject, reward, sft
+from hpsafety.stages import distill, ppo, reject, sft
 from hpsafety.train import precision
 from hpsafety.train.metrics import read_metrics, say
 
-MODEL = "smollm2"
-KINDS = ("safety", "helpfulness")
-SHARES = {"safety": (9, 1), "helpfulness": (1, 1)}  # safety pairs to helpfulness pairs (RM-6)
-RUNS = ("sft", "reward-safety", "reward-helpfulness", "reject", "ppo")
+RUNS = ("sft", "reward-safety", "reward-helpfulness", "reject", "ppo", "distill")
+PREPROMPT_TOKENS = 150  # of a prompt with a preprompt, about
 PPO_GROUPS = 8  # prompts per iteration of PPO, cfg.k answers each
 SAMPLES_PER_SET = 2
 
 
-def shuffled(rows: list[dict], seed: int) -> list[dict]:
-    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
-
-
-def in_turn(rows: list[dict], seed: int) -> list[dict]:
-    """Safety rows, harmless look-alikes and plain helpful rows in turn, each kind in a seeded order."""
-    rng, kinds = np.random.default_rng(seed), ([], [], [])
-    for row in rows:
-        kinds[0 if row.get("is_safety") else 1 if row.get("is_borderline") else 2].append(row)
-    queues = [[kind[i] for i in rng.permutation(len(kind))] for kind in kinds]
-    return [row for turn in zip_longest(*queues) for row in turn if row is not None]
-
-
-def within(rows: list[dict], size, tokens: int) -> list[dict]:
-    """The first rows that together hold at most `tokens` tokens; size(row) counts a row's."""
-    chosen, total = [], 0
-    for row in rows:
-        total += size(row)
-        if total > tokens:
-            break
-        chosen.append(row)
-    return chosen
-
-
-def choose_rows(rows: list[dict], tokenizer, train_tokens: int, seed: int) -> list[dict]:
-    """Demonstrations to train on, at most train_tokens tokens in all, the kinds in turn."""
-
-    def size(row):
-        return group_tokens(encode_dialogue(tokenizer, row["prompt"], row["response"]))
-
-    return within(in_turn(rows, seed), size, train_tokens)
-
-
-def choose_pairs(rows: list[dict], tokenizer, kind: str, tokens: int, seed: int) -> list[dict]:
-    """Preference pairs for one reward model, at most `tokens` tokens, safety and other data mixed as RM-6 asks."""
-
-    def size(block):
-        texts = [row[name] for row in block for name in ("chosen", "rejected")]
-        answers = sum(len(encode_response(tokenizer, text)) for text in texts)
-        return sum(len(encode_prompt(tokenizer, row["prompt"])) for row in block) + answers
-
-    safety = shuffled([r for r in rows if r.get("is_safety")], seed)
-    other = shuffled([r for r in rows if not r.get("is_safety")], seed)
-    s, o = SHARES[kind]
-    count = min(len(safety) // s, len(other) // o)
-    blocks = [safety[i * s : (i + 1) * s] + other[i * o : (i + 1) * o] for i in range(count)]
-    return [row for block in within(blocks, size, tokens) for row in block]
-
-
-def choose_prompts(rows: list[dict], used: list[dict], tokenizer, tokens: int, cfg: DemoConfig) -> list[dict]:
+def choose_prompts(
+    rows: list[dict], used: list[dict], tokenizer, tokens: int, cfg: DemoConfig, own: int | None = None
+) -> list[dict]:
     """Prompts to sample from, the kinds in turn, none of those used; all their samples together hold at most `tokens`
-    tokens."""
+    tokens. own: tokens of a prompt's samples; cfg.k full answers if absent."""
     seen = {row["id"] for row in used}
     fresh = [row for row in rows if row["id"] not in seen]
 
     def size(row):
-        return len(encode_prompt(tokenizer, row["prompt"])) + cfg.k * cfg.answer_tokens
+        return len(encode_prompt(tokenizer, row["prompt"])) + (own or cfg.k * cfg.answer_tokens)
 
     chosen = within(in_turn(fresh, cfg.seed + 1), size, tokens)
     return [{name: value for name, value in row.items() if name != "response"} for row in chosen]
+
+
+def distilled_tokens(cfg: DemoConfig) -> int:
+    """Of one prompt in distillation, about: four answers, two of them behind a preprompt too."""
+    return 4 * cfg.answer_tokens + 2 * PREPROMPT_TOKENS
 
 
 # ---- the steps ----
@@ -110,26 +64,6 @@ def fine_tune(rows: list[dict], cfg: DemoConfig, out: Path) -> None:
         batch=cfg.batch, epochs=1, warmup=3, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
         checkpoint_every=0,
     ))  # fmt: skip
-
-
-def train_judge(kind: str, tokenizer, cfg: DemoConfig, out: Path) -> None:
-    """One reward model on the fine-tuned model; its own report stands in its run directory."""
-    rows = list(read_records(demo_path("preferences"), "preference"))
-    train = [row for row in rows if row["split"] == "train"]
-    held = shuffled([row for row in rows if row["split"] == "valid"], cfg.seed)[: cfg.held_pairs]
-    data = out / "data" / f"pairs-{kind}.jsonl"
-    write_records(data, choose_pairs(train, tokenizer, kind, cfg.reward_tokens, cfg.seed) + held)
-    reward.run(RewardConfig(
-        model=str(out / "sft" / "model"), data=(str(data),), out=str(out / f"reward-{kind}"), kind=kind, seed=cfg.seed,
-        batch=cfg.batch, lr=cfg.lr, epochs=1, device=cfg.device, precision=cfg.precision, tokens_per_batch=1024,
-        checkpoint_every=0,
-    ))  # fmt: skip
-
-
-def judges(out: Path) -> dict[str, str]:
-    """The reward models' directories."""
-    kinds = {"safety": "safety", "helpful": "helpfulness"}
-    return {name: str(out / f"reward-{kind}" / "model") for name, kind in kinds.items()}
 
 
 def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
@@ -152,7 +86,18 @@ def reinforce(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
         model=str(out / "reject" / "model"), data=(str(out / "data" / "prompts-ppo.jsonl"),), out=str(out / "ppo"),
         k=cfg.k, batch=batch, minibatch=batch // 2, iterations=len(prompts) // PPO_GROUPS, lr=cfg.ppo_lr,
         max_new_tokens=cfg.answer_tokens, seed=cfg.seed, device=cfg.device, precision=cfg.precision,
-        checkpoint_every=0, **{f"{name}_rm": path for name, path in judges(out).items()},
+        checkpoint_every=0, frozen="mapped", **{f"{name}_rm": path for name, path in judges(out).items()},
+    ))  # fmt: skip
+
+
+def distil(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
+    """Safety context distillation on adversarial prompts: what answer templates add goes into the PPO model's weights,
+    where the safety reward model prefers it."""
+    write_records(out / "data" / "prompts-distill.jsonl", prompts)
+    distill.run(DistillConfig(
+        model=str(out / "ppo" / "model"), data=(str(out / "data" / "prompts-distill.jsonl"),),
+        out=str(out / "distill"), safety_rm=judges(out)["safety"], max_new_tokens=cfg.answer_tokens, seed=cfg.seed,
+        batch=cfg.batch, epochs=1, device=cfg.device, precision=cfg.precision, checkpoint_every=0,
     ))  # fmt: skip
 
 
@@ -177,15 +122,16 @@ def _opening(cfg: DemoConfig) -> None:
         f"  2. two reward models, of safety and of helpfulness, each on at most {cfg.reward_tokens:,} tokens of pairs\n"
         f"  3. rejection sampling: {cfg.k} answers a prompt, {cfg.reject_tokens:,} tokens at most, the best is learnt\n"
         f"  4. PPO with both reward models, on {cfg.ppo_tokens:,} sampled tokens at most\n"
-        f"{3 * cfg.eval_prompts} held-out questions are asked before, and after 1, 3 and 4.\n"
-        f"Expect 6 to 12 minutes on two cores, under 7 GB of memory.\nOutput: {cfg.out}/\n",
+        f"  5. distillation of safety preprompts, {cfg.distill_tokens:,} sampled tokens at most\n"
+        f"{3 * cfg.eval_prompts} held-out questions are asked before, and after 1, 3, 4 and 5.\n"
+        f"Expect 6 to 12 minutes on two cores, under 6 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
 
 def run(cfg: DemoConfig) -> None:
-    """hpsafety demo: OUT/sft, OUT/reward-*, OUT/reject, OUT/ppo (run directories), OUT/data, OUT/demo.json,
-    OUT/report.html, a table on the terminal."""
+    """hpsafety demo: OUT/sft, OUT/reward-*, OUT/reject, OUT/ppo, OUT/distill (run directories), OUT/data,
+    OUT/demo.json, OUT/report.html, a table on the terminal."""
     started = time.monotonic()
     _opening(cfg)
     out = Path(cfg.out)
@@ -206,6 +152,11 @@ def run(cfg: DemoConfig) -> None:
         raise InputError(
             f"--ppo-tokens {cfg.ppo_tokens} holds less than {PPO_GROUPS} prompts; give at least 3000"
         )
+    adversarial = [row for row in rows if row.get("is_safety")]
+    used = train_rows + asked + practised
+    dangerous = choose_prompts(adversarial, used, tokenizer, cfg.distill_tokens, cfg, distilled_tokens(cfg))
+    if not dangerous:
+        raise InputError(f"--distill-tokens {cfg.distill_tokens} holds not one prompt; give at least 1000")
     models = [measure(model, "original", prompts, cfg.answer_tokens)]
     del model
 
@@ -216,15 +167,18 @@ def run(cfg: DemoConfig) -> None:
     fine_tune(train_rows, cfg, out)
     ask("fine-tuned", "sft")
     for kind in KINDS:
-        train_judge(kind, tokenizer, cfg, out)
+        train_judge(kind, tokenizer, cfg, out, str(out / "sft" / "model"))
     best_of_k(asked, cfg, out)
     ask("best of K", "reject")
     reinforce(practised, cfg, out)
     ask("PPO", "ppo")
+    distil(dangerous, cfg, out)
+    ask("distilled", "distill")
     models = score_answers(models, prompts, judges(out), dtype)
     result = {
         "model": MODEL, "config": asdict(cfg), "train_rows": len(train_rows), "prompts": len(asked),
         "ppo_prompts": len(practised),
+        "distill": json.loads((out / "distill" / "report.json").read_text(encoding="utf-8")),
         "precision": why, "models": [asdict(m) for m in models],
         "judges": {k: json.loads((out / f"reward-{k}" / "report.json").read_text(encoding="utf-8")) for k in KINDS},
         "best_of_k": json.loads((out / "reject" / "report.json").read_text(encoding="utf-8")),
@@ -235,4 +189,4 @@ def run(cfg: DemoConfig) -> None:
         json.dump(result, handle, ensure_ascii=False, indent=1)
     write_report(result, out / "report.html")
     terminal_tables(result)
-    say(f"report: {out / 'report.html'}   model: {out / 'ppo' / 'model'}   {result['seconds']:.0f} s")
+    say(f"report: {out / 'report.html'}   model: {out / 'distill' / 'model'}   {result['seconds']:.0f} s")

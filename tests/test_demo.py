@@ -10,8 +10,11 @@ from hpsafety.config import DemoConfig
 from hpsafety.data.batches import group_tokens
 from hpsafety.data.chat import encode_prompt
 from hpsafety.data.groups import PromptGroup
-from hpsafety.demo import choose_pairs, choose_prompts, choose_rows, pick_samples
+from hpsafety.demo import RUNS, choose_prompts, pick_samples
+from hpsafety.demo_parts import choose_pairs, choose_rows
 from hpsafety.report.demo import PPO_ROWS, comparison, printable, terminal_tables, write_report
+from hpsafety.safety.distill_report import measures
+from hpsafety.safety.distillation import Answer
 from hpsafety.safety.measure import Measured
 from tests.stages.conftest import TEMPLATE, tiny_tokenizer
 
@@ -53,7 +56,7 @@ def test_rows_are_balanced_and_bounded():
     )
 
 
-NAMES = ("original", "fine-tuned", "best of K", "PPO")
+NAMES = ("original", "fine-tuned", "best of K", "PPO", "distilled")
 SETS = ("adversarial", "borderline", "helpful")
 
 
@@ -72,10 +75,14 @@ def result(text=HOSTILE):
     ]
     judge = {"data": {"examples": 130}, "held_out": {"pairs": 48, "accuracy": {"all": rate}}}
     iteration = {"iteration": 1, "max": [0.4, 0.6], "median": [0.4, 0.4]}
+    arm = measures(["a question"] * 2, [Answer("An answer.", "stop", 3, 0, 1.0, r) for r in (0.2, 0.6)])
+    distilled = {"arms": {"none": arm, "template": arm}}
+    distilled["decisions"] = {"samples": 2, "kept": 1, "not_better": 1, "excluded": {}}
     return {
+        "distill": distilled,
         "model": "smollm2", "train_rows": 120, "prompts": 30, "ppo_prompts": 40, "models": models, "samples": samples,
         "judges": {"safety": judge, "helpfulness": judge}, "best_of_k": {"iterations": [iteration]},
-        "metrics": dict.fromkeys(("sft", "reward-safety", "reward-helpfulness", "reject"), metrics) | {"ppo": ppo},
+        "metrics": dict.fromkeys([n for n in RUNS if n != "ppo"], metrics) | {"ppo": ppo},
         "config": {"answer_tokens": 40, "eval_prompts": 60, "batch": 8, "lr": 2e-5, "k": 4}, "precision": "fp32",
     }  # fmt: skip
 
@@ -122,7 +129,7 @@ def test_table_on_the_terminal(capsys):
     terminal_tables(result())
     out = capsys.readouterr().out
     assert "\x1b[31m" not in out and "\u202e" not in out
-    assert out.count("5 % (2-14)") == 12 and "2.500" in out
+    assert out.count("5 % (2-14)") == 15 and "2.500" in out
     assert comparison(result())[1][2] == "5 % (3/60, 2-14)"
     table = comparison(result())
     assert all(len(row) == 2 + len(NAMES) for row in table)

@@ -38,6 +38,7 @@ from hpsafety.model.reward_io import load_reward_model
 from hpsafety.rollout import experience as rollouts
 from hpsafety.rollout import sampler
 from hpsafety.safety import ppo_run
+from hpsafety.safety.ppo_frozen import load_reference
 from hpsafety.safety.ppo_setup import load_models, place
 from hpsafety.stages import ppo
 from hpsafety.train import distributed, ppo_step
@@ -97,7 +98,8 @@ def prepared(settings: Settings, advantages: str, lr: float) -> ppo_run.Run:
         beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip=MAX_NORM, clip_ratio=CLIP_RATIO,
     )  # fmt: skip
     policy, critic, scorer = load_models(cfg, _dtype(settings), world)
-    actor, sampling_model, reference = place(policy, critic, cfg, _dtype(settings), world)
+    actor, sampling_model = place(policy, critic, cfg, _dtype(settings), world)
+    reference = load_reference(cfg, policy, _dtype(settings), None, world)
     return ppo_run.Run(cfg, actor, sampling_model, reference, scorer, [], [], KL_COEF, None, world)
 
 

@@ -12,6 +12,7 @@ very machine whether they do above it (design section 7).
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -62,27 +63,69 @@ def row_difference(out_features: int, in_features: int, dtype: torch.dtype, devi
     return worst / float(whole.abs().max())
 
 
+class Adapter(NamedTuple):
+    """A low-rank term beside a weight (O, I), rank r: x W^T + scale (x down^T) up^T (hpsafety/model/lora.py)."""
+
+    down: torch.Tensor | None  # (r, I)
+    up: torch.Tensor | None  # (O, r)
+    scale: float
+
+
+NONE = Adapter(None, None, 0.0)
+
+
+def product(x_TI, weight_OI, bias_O, down_rI, up_Or, scale):
+    """(linear of the weight and its adapter, what is to be kept of the adapter for backward), outside of autograd."""
+    out = plain_linear(x_TI, weight_OI, bias_O)
+    if down_rI is None:
+        return out, ()
+    low_Tr = plain_linear(x_TI, down_rI).mul_(scale)
+    return out.add_(plain_linear(low_Tr, up_Or)), (down_rI, up_Or, low_Tr)
+
+
+def low_gradient(grad_TO, kept, scale):
+    """(T, r) gradient of x down^T; None without an adapter. kept: by `product`."""
+    return plain_linear(grad_TO, kept[1].t()).mul_(scale) if kept else None
+
+
+def input_gradient(grad_TO, weight_OI, kept, grad_low_Tr):
+    """(T, I) gradient of x."""
+    grad_x = plain_linear(grad_TO, weight_OI.t())
+    return grad_x.add_(plain_linear(grad_low_Tr, kept[0].t())) if kept else grad_x
+
+
+def adapter_gradients(grad_TO, x_TI, kept, grad_low_Tr):
+    """Gradients of down, up and the scale, which has none."""
+    return (grad_low_Tr.t() @ x_TI, grad_TO.t() @ kept[2], None) if kept else (None, None, None)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return plain_linear(x, weight, bias)
+    def forward(ctx, x, weight, bias, down, up, scale):
+        out, kept = product(x, weight, bias, down, up, scale)
+        ctx.save_for_backward(x, weight, *kept)
+        ctx.scale = scale
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        x, weight, *kept = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_low = low_gradient(grad, kept, ctx.scale)
         return (
-            plain_linear(grad, weight.t()) if need_x else None,
+            input_gradient(grad, weight, kept, grad_low) if need_x else None,
             grad.t() @ x if need_weight else None,
             grad.sum(0) if need_bias else None,
+            *adapter_gradients(grad, x, kept, grad_low),
         )
 
 
-def linear(x_TI, weight_OI, bias_O=None):
-    """x (T, I) @ weight (O, I)^T + bias: (T, O), with gradients. Dtypes: all alike."""
+def linear(x_TI, weight_OI, bias_O=None, adapter: Adapter | None = None):
+    """x (T, I) @ weight (O, I)^T + bias + the adapter's term: (T, O), with gradients. Dtypes: all alike."""
+    down, up, scale = adapter or NONE
     if torch.compiler.is_compiling():
-        return nnf.linear(x_TI, weight_OI, bias_O)
+        out = nnf.linear(x_TI, weight_OI, bias_O)
+        return out if down is None else out + nnf.linear(nnf.linear(x_TI, down) * scale, up)
     if not torch.is_grad_enabled():
-        return plain_linear(x_TI, weight_OI, bias_O)
-    return _Linear.apply(x_TI, weight_OI, bias_O)
+        return product(x_TI, weight_OI, bias_O, down, up, scale)[0]
+    return _Linear.apply(x_TI, weight_OI, bias_O, down, up, scale)

@@ -58,16 +58,16 @@ class ValueModel(Trunk):
         return (hidden_ND.float() * self.value.float()).sum(1)
 
 
-def value_model_from(model: Llama | RewardModel) -> ValueModel:
-    """A critic on a copy of the model's weights. The head starts as a reward model's score, else as zeros: whitened
-    rewards have mean 0, and a random head would only add noise to the first advantages."""
+def value_model_from(model: Llama | RewardModel, share: bool = False) -> ValueModel:
+    """A critic on a copy of the model's weights, or on the very weights (share). The head starts as a reward model's
+    score, else as zeros: whitened rewards have mean 0, and a random head would only add noise to the first advantages.
+    """
     with torch.device("meta"):
         critic = ValueModel(model.config, model.tokenizer, model.generation)
-    state = {n: p.detach().clone() for n, p in model.named_parameters() if n not in ("head", "score")}
+    trunk = {n: p for n, p in model.named_parameters() if n not in ("head", "score")}
+    state = trunk if share else {n: nn.Parameter(p.detach().clone()) for n, p in trunk.items()}
     head = model.score if isinstance(model, RewardModel) else torch.zeros_like(model.embed[:1])
-    critic.load_state_dict(
-        {n: nn.Parameter(p) for n, p in (state | {"value": head.detach().clone()}).items()}, assign=True
-    )
+    critic.load_state_dict(state | {"value": nn.Parameter(head.detach().clone())}, assign=True)
     return critic
 
 

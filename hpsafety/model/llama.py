@@ -36,22 +36,33 @@ class Block(nn.Module):
         self.o_bias = _parameter(d) if c.o_bias else None
         self.gate_up_bias = _parameter(2, f) if c.mlp_bias else None
         self.down_bias = _parameter(d) if c.mlp_bias else None
+        self.lora = None  # adapters of the four products (model/lora.py)
+
+    def adapter(self, name: str):
+        """The named weight's adapter, or None."""
+        return None if self.lora is None else self.lora[name].adapter()
 
     def project_qkv(self, x_TD, delta_TD):
         """(qkv (T, G, J+2, K) before rotation, the residual stream with delta added)."""
         c = self.config
         weight = self.qkv.view(-1, c.width)
         bias = None if self.qkv_bias is None else self.qkv_bias.view(-1)
-        qkv, x_TD = norm_linear(x_TD, self.attn_norm, c.norm_eps, weight, bias, delta_TD)
+        adapter = self.adapter("qkv")
+        qkv, x_TD = norm_linear(x_TD, self.attn_norm, c.norm_eps, weight, bias, delta_TD, adapter)
         return qkv.view(x_TD.shape[0], *self.qkv.shape[:3]), x_TD
+
+    def project_o(self, out_TI):
+        """The attention's update of its output (T, H K)."""
+        return linear(out_TI, self.o, self.o_bias, self.adapter("o"))
 
     def mlp(self, x_TD, delta_TD):
         """(the mlp's update, the residual stream with delta added)."""
         c = self.config
         weight = self.gate_up.view(-1, c.width)
         bias = None if self.gate_up_bias is None else self.gate_up_bias.view(-1)
-        gate_up, x_TD = norm_linear(x_TD, self.mlp_norm, c.norm_eps, weight, bias, delta_TD)
-        return swiglu_linear(gate_up, self.down, self.down_bias), x_TD
+        adapter = self.adapter("gate_up")
+        gate_up, x_TD = norm_linear(x_TD, self.mlp_norm, c.norm_eps, weight, bias, delta_TD, adapter)
+        return swiglu_linear(gate_up, self.down, self.down_bias, self.adapter("down")), x_TD
 
     def forward(self, x_TD, delta_TD, positions_T, segments, cos, sin, rows_W=None):
         """x (T, D), delta (T, D) or None -> (x, delta), so that the next norm adds delta in its own pass.
@@ -63,15 +74,15 @@ class Block(nn.Module):
         out_TI = ops.attention(q_THK, k_TGK, v_TGK, segments).flatten(1)
         if rows_W is not None:
             out_TI, x_TD = out_TI.index_select(0, rows_W), x_TD.index_select(0, rows_W)
-        delta_TD = linear(out_TI, self.o, self.o_bias)
-        delta_TD, x_TD = self.mlp(x_TD, delta_TD)
+        delta_TD, x_TD = self.mlp(x_TD, self.project_o(out_TI))
         return x_TD, delta_TD
 
 
 class Trunk(nn.Module):
     """The decoder without a head. `tokenizer` (or None) and `generation` (generation_config) travel with it.
 
-    recompute   True keeps only each block's input and runs its forward again in backward.
+    recompute     True keeps only each block's input and runs its forward again in backward.
+    weights_file  where a frozen model's weights lie while it is not in use (model/mapped.py); None: in memory
     """
 
     def __init__(self, config, tokenizer=None, generation: dict | None = None):
@@ -80,7 +91,7 @@ class Trunk(nn.Module):
         self.embed = _parameter(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = _parameter(config.width)
-        self.recompute = False
+        self.recompute, self.weights_file = False, None
         self._rope = None
 
     def rope(self, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,8 @@ from hpsafety.errors import file_error
 from hpsafety.model.jsonfile import dump_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+ALIGN = 64  # bytes, of where the data begins
 _CHUNK = 1 << 24  # elements copied to bytes at a time
 
 
@@ -103,12 +104,14 @@ def write_file(path, sources: dict[str, Source]) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, source in sources.items():
         end = offset + _num_bytes(source)
-        if source[1] not in _CODES:
+        if source[1] not in CODES:
             raise ValueError(f"save: {name} is {source[1]}; expected float32, float16 or bfloat16")
-        header[name] = {"dtype": _CODES[source[1]], "shape": list(source[0]), "data_offsets": [offset, end]}
+        header[name] = {"dtype": CODES[source[1]], "shape": list(source[0]), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (
+        -(len(text) + 8) % ALIGN
+    )  # so that a mapped file's tensors stand where allocated ones would
     with open(path, "wb") as handle:
         handle.write(struct.pack("<Q", len(text)) + text)
         for name, (shape, dtype, make) in sources.items():

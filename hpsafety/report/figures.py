@@ -1,6 +1,6 @@
 """The demo's figures; their style is hpsafety/safety/drawing.py's."""
 
-from hpsafety.safety.drawing import AFTER, BEFORE, IN_TIME, INK, figure, to_svg
+from hpsafety.safety.drawing import AFTER, BEFORE, IN_TIME, INK, boxes_and_dots, figure, panels, to_svg
 
 
 def trade_off(points: list[dict]) -> str:
@@ -41,35 +41,19 @@ def _colours(count: int) -> list[str]:
     return [BEFORE, AFTER] if count == 2 else list(IN_TIME[:count])
 
 
-def score_figure(models: list[dict], panels) -> str:
+def score_figure(models: list[dict], judged) -> str:
     """Every answer's score by model, as dots around its box of quartiles: one panel per (reward model, set)."""
-    from matplotlib import pyplot
-
-    fig, first = figure(7.6, 3.8)
-    first.remove()
+    fig, axes = panels(len(judged), 7.6, 3.8)
     words = []
-    with pyplot.rc_context(
-        {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
-    ):
-        axes = fig.subplots(1, len(panels), sharey=True)
-    for place, ((judge, part), ax) in enumerate(zip(panels, axes, strict=True)):
+    for place, ((judge, part), ax) in enumerate(zip(judged, axes, strict=True)):
         columns = [m["scores"][part][judge] for m in models]
-        for x, (values, colour) in enumerate(zip(columns, _colours(len(models)), strict=True)):
-            spread = [
-                x + 0.26 * ((7 * i % 11) / 10 - 0.5) for i in range(len(values))
-            ]  # apart, the same every time
-            ax.plot(spread, values, "o", color=colour, markersize=3, alpha=0.45)
-        box = ax.boxplot(columns, positions=range(len(columns)), widths=0.5, showfliers=False)
-        for part_of_box in (line for lines in box.values() for line in lines):
-            part_of_box.set(color=INK, alpha=0.8)
-        ax.set_xticks(range(len(models)), [m["name"] for m in models], fontsize=8)
+        boxes_and_dots(ax, columns, _colours(len(models)), [m["name"] for m in models])
         ax.set(
             title=f"{judge} score, {part} prompts",
             ylim=(-0.03, 1.03),
             ylabel="score R" if place == 0 else None,
         )
         ax.title.set(fontsize=10, color=INK)
-        ax.patch.set_alpha(0)
         means = ", ".join(f"{m['name']} {sum(v) / len(v):.2f}" for m, v in zip(models, columns, strict=True))
         words.append(f"mean {judge} score on {part} prompts: {means}")
     return to_svg(fig, f"Scores of the held-out answers. {'; '.join(words)}.")

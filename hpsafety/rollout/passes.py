@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as nnf
 
 from hpsafety import ops
-from hpsafety.model.gemm import linear, plain_linear, row_difference
+from hpsafety.model.gemm import plain_linear, row_difference
 from hpsafety.rollout.kv_cache import PageCache
 
 
@@ -40,7 +40,7 @@ def _layers(model, tokens_T, positions_T, slots_T, cache: PageCache, attend, row
         out_TI = attend(q_THK, k_TGK, v_TGK, layer).flatten(1)
         if rows is not None and layer + 1 == len(model.blocks):
             out_TI, x_TD = out_TI.index_select(0, rows), x_TD.index_select(0, rows)
-        delta_TD, x_TD = block.mlp(x_TD, linear(out_TI, block.o, block.o_bias))
+        delta_TD, x_TD = block.mlp(x_TD, block.project_o(out_TI))
     return ops.rms_norm(x_TD, model.norm, model.config.norm_eps, delta_TD)[0]
 
 
@@ -134,5 +134,6 @@ def row_bound(model) -> float:
     """
     block, dtype, device = model.blocks[0], model.embed.dtype, str(model.embed.device)
     weights = [block.qkv, block.o, block.gate_up, block.down, model.head_weight]
+    weights += block.lora.parameters() if block.lora is not None else []
     shapes = {(w.numel() // w.shape[-1], w.shape[-1]) for w in weights}
     return max(row_difference(outputs, inputs, dtype, device) for outputs, inputs in sorted(shapes))

@@ -13,6 +13,7 @@ R responses, D width.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -23,6 +24,7 @@ from hpsafety.data.groups import Batch, PromptGroup, pack
 from hpsafety.errors import InputError
 from hpsafety.model.gemm import row_difference
 from hpsafety.model.heads import RewardModel, same_trunk
+from hpsafety.model.mapped import present
 
 # A sigmoid is written within these, so that it stays inside (0, 1) when it is read as fp32.
 LOWEST, HIGHEST = 2.0**-126, 1.0 - 2.0**-24
@@ -109,40 +111,60 @@ class Scorer:
         return group
 
     @torch.no_grad()
-    def score_batch(self, batch: Batch, is_safety: torch.Tensor) -> ops.RewardScore:
+    def last_rows(self, batches: Sequence[Batch]) -> list[list[torch.Tensor]]:
+        """Per trunk, every batch's hidden rows (R, D) at its responses' last tokens. A model goes over all batches
+        before the next one does, so that parked ones (model/mapped.py) are in memory one after the other."""
+        out = []
+        for trunk in self.trunks:
+            with present(trunk, self.heads[0].device):
+                out.append([trunk(batch, batch.last_rows) for batch in batches])
+        return out
+
+    def rewards(self, batch: Batch, is_safety: torch.Tensor, rows: Sequence[torch.Tensor]) -> ops.RewardScore:
         """Logits and the best of each group (ops.reward_score) of a packed batch on the models' device.
 
         is_safety  (R,) bool: the prompt's tag, for each response
+        rows       (R, D) of each trunk
         """
-        rows_safety = self.safety(batch, batch.last_rows)
-        rows_helpful = rows_safety if self.helpful is None else self.helpful(batch, batch.last_rows)
         responses = torch.arange(batch.last_rows.numel(), device=batch.last_rows.device)
         sizes = torch.bincount(batch.group_of, minlength=len(batch.groups))
         cu_groups = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
-        return ops.reward_score(rows_safety, rows_helpful, responses, *self.heads, is_safety, cu_groups)
+        return ops.reward_score(rows[0], rows[-1], responses, *self.heads, is_safety, cu_groups)
 
     def score(
         self, groups: Sequence[PromptGroup], is_safety: Sequence[bool], tokens_per_batch: int
     ) -> list[GroupScore]:
         """One GroupScore per group, in order, from micro-batches of whole groups. is_safety: each prompt's tag."""
+        parts = micro_batches(groups, tokens_per_batch)
+        split = [([groups[i] for i in part], [is_safety[i] for i in part]) for part in parts]
         out: list[GroupScore | None] = [None] * len(groups)
-        for indices in micro_batches(groups, tokens_per_batch):
-            part = self.score_part([groups[i] for i in indices], [is_safety[i] for i in indices])
-            for i, score in zip(indices, part, strict=True):
+        for indices, scores in zip(parts, self.score_parts(split), strict=True):
+            for i, score in zip(indices, scores, strict=True):
                 out[i] = score
         return out
 
     def score_part(self, groups: Sequence[PromptGroup], is_safety: Sequence[bool]) -> list[GroupScore]:
         """`score` of groups that form one micro-batch."""
-        batch = pack(groups, join_single=False).to(self.heads[0].device)
-        tags = torch.tensor(is_safety, device=batch.tokens.device)[batch.group_of]
-        scores = self.score_batch(batch, tags)
-        columns = torch.stack([scores.r_safety, scores.r_helpful, scores.combined]).tolist()
-        out, start = [], 0
-        for group, winner in zip(groups, scores.best_of_group.tolist(), strict=True):
-            end = start + len(group.responses)
-            out.append(GroupScore(*(column[start:end] for column in columns), winner - start))
-            start = end
+        return self.score_parts([(groups, is_safety)])[0]
+
+    @torch.no_grad()
+    def score_parts(
+        self, parts: Sequence[tuple[Sequence[PromptGroup], Sequence[bool]]]
+    ) -> list[list[GroupScore]]:
+        """`score_part` of each (groups, is_safety)."""
+        device = self.heads[0].device
+        batches = [pack(groups, join_single=False).to(device) for groups, _ in parts]
+        rows = self.last_rows(batches)
+        out = []
+        for batch, (_, is_safety), *own in zip(batches, parts, *rows, strict=True):
+            tags = torch.tensor(is_safety, device=device)[batch.group_of]
+            scores = self.rewards(batch, tags, own)
+            columns = torch.stack([scores.r_safety, scores.r_helpful, scores.combined]).tolist()
+            ends = list(accumulate(len(group.responses) for group in batch.groups))
+            out.append([
+                GroupScore(*(column[start:end] for column in columns), winner - start)
+                for start, end, winner in zip([0, *ends], ends, scores.best_of_group.tolist(), strict=False)
+            ])  # fmt: skip
         return out
 
     def row_difference(self) -> float:

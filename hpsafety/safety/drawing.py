@@ -30,6 +30,34 @@ def figure(width: float = 6.4, height: float = 3.8):
     return fig, axes
 
 
+def panels(count: int, width: float, height: float):
+    """A figure and `count` axes side by side that share their y axis, in the page's style, inches."""
+    from matplotlib import pyplot
+
+    fig, first = figure(width, height)
+    first.remove()
+    style = {"axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.labelcolor": INK}
+    with pyplot.rc_context(style | {"axes.grid": True, "grid.alpha": 0.25, "grid.color": INK}):
+        axes = fig.subplots(1, count, sharey=True, squeeze=False)[0]
+    for ax in axes:
+        ax.patch.set_alpha(0)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes
+
+
+def boxes_and_dots(ax, columns: list[list[float]], colours: list, names: list[str]) -> None:
+    """Each column's values as dots around the box of its quartiles."""
+    for x, (values, colour) in enumerate(zip(columns, colours, strict=True)):
+        spread = [
+            x + 0.26 * ((7 * i % 11) / 10 - 0.5) for i in range(len(values))
+        ]  # apart, the same every time
+        ax.plot(spread, values, "o", color=colour, markersize=3, alpha=0.45)
+    box = ax.boxplot(columns, positions=range(len(columns)), widths=0.5, showfliers=False)
+    for line in (line for lines in box.values() for line in lines):
+        line.set(color=INK, alpha=0.8)
+    ax.set_xticks(range(len(columns)), names, fontsize=8)
+
+
 def to_svg(fig, alt: str) -> str:
     """The figure as an <svg> element with role and label; closes the figure."""
     import matplotlib

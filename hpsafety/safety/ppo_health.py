@@ -2,9 +2,11 @@
 
 import logging
 import math
+from dataclasses import asdict
 
 from hpsafety.errors import RunError
 from hpsafety.rollout import experience as rollouts
+from hpsafety.safety.intervals import mean_interval
 from hpsafety.safety.ppo_run import Run, sample_and_judge, sampling
 from hpsafety.train import checkpoint
 from hpsafety.train.metrics import say
@@ -18,10 +20,12 @@ def hold_out(r: Run, totals: dict, iterations: int) -> float:
     """Mean R_c in (0, 1) of greedy answers to the held-out prompts; keeps the best policy's weights, and ends the run
     after --patience such rewards without a new best (PPO-10)."""
     judged = sample_and_judge(r, list(enumerate(r.valid)), 1, sampling(r, 0.0, 0), {"times": {}})
-    value = float(rollouts.collect(judged).combined.double().sigmoid().mean())
+    rewards = rollouts.collect(judged).combined.double().sigmoid()
+    value = float(rewards.mean())
     better = totals["best"] is None or value > totals["best"]
     if better:
         totals["best"], totals["worse"] = value, 0
+        totals["held"] = [*totals["held"][:1], rewards.tolist()]
         checkpoint.save_best(r.out.checkpoints, r.actor.policy, r.world)
     else:
         totals["worse"] += 1
@@ -33,6 +37,17 @@ def hold_out(r: Run, totals: dict, iterations: int) -> float:
                 f"ppo: stopping early: {r.cfg.patience} held-out rewards in a row are not above {totals['best']:.4f}"
             )
     return value
+
+
+def held_out(totals: dict) -> dict:
+    """Held-out R_c of the start and of the best policy, and its change prompt by prompt, with 95 % intervals; {} where
+    no prompt is held out."""
+    if not totals["held"]:
+        return {}
+    before, after = totals["held"][0], totals["held"][-1]
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    parts = {"before": before, "best": after, "change": changes}
+    return {"held_out": {name: asdict(mean_interval(values)) for name, values in parts.items()}}
 
 
 def refuse_degenerate(r: Run, index: int, totals: dict, figures: dict) -> None:

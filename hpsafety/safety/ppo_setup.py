@@ -4,12 +4,14 @@ import torch
 
 from hpsafety.data.chat import encode_prompt
 from hpsafety.errors import InputError
+from hpsafety.model import lora
 from hpsafety.model.heads import value_model_from
 from hpsafety.model.io import load_model
 from hpsafety.model.reward_io import load_reward_model
 from hpsafety.rollout.experience import Prompt
 from hpsafety.rollout.scoring import Scorer, check_encoding
-from hpsafety.safety.scoring_job import is_safety, load_scorer
+from hpsafety.safety.ppo_frozen import load_judges
+from hpsafety.safety.scoring_job import is_safety
 from hpsafety.train import distributed
 from hpsafety.train.optim import AdamW
 from hpsafety.train.ppo_step import ActorCritic
@@ -18,13 +20,13 @@ LARGE = 20e9  # parameters: the paper's coefficient changes between its 13B and 
 
 
 def load_models(cfg, dtype: torch.dtype, world):
-    """(policy, critic, scorer): fp32 masters on the CPU, and both reward models, frozen, on the device. critic: None
-    where the advantages need none.
+    """(policy, critic, scorer): fp32 masters on the CPU (with --lora-rank one trunk for both, in `dtype`), and both
+    reward models, frozen, on the device. critic: None where the advantages need none.
 
     Raises InputError for models that do not encode text alike: what the policy samples is scored as it is.
     """
-    scorer = load_scorer(cfg, dtype, world.device)
-    policy = load_model(cfg.model)
+    scorer = load_judges(cfg, dtype, world.device)
+    policy = load_model(cfg.model, dtype if cfg.lora_rank else torch.float32)
     check_encoding(policy, scorer.safety, (f"--model {cfg.model}", f"--safety-rm {cfg.safety_rm}"))
     if not cfg.has_critic:
         return policy, None, scorer
@@ -32,25 +34,26 @@ def load_models(cfg, dtype: torch.dtype, world):
     if cfg.critic_from:
         source = load_reward_model(cfg.critic_from)
         check_encoding(policy, source, (f"--model {cfg.model}", f"--critic-from {cfg.critic_from}"))
-    return policy, value_model_from(source), scorer
+    return policy, value_model_from(source, share=cfg.lora_rank > 0), scorer
 
 
 def place(policy, critic, cfg, dtype: torch.dtype, world):
-    """(actor, sampler, reference) on the device, sharded over the ranks. The reference is never trained or saved
-    (PPO-9)."""
-    reference = load_model(cfg.model, torch.float32 if world.size > 1 else dtype, world.device)
-    reference = distributed.shard(reference.requires_grad_(False), world, dtype)
-    sampler = load_model(cfg.model, dtype, world.device).requires_grad_(False) if world.size > 1 else None
-    optimizers = []
-    for model in (policy, critic):
+    """(actor, sampler) on the device. Sharded over the ranks, or with --lora-rank whole on each of them: two sets of
+    adapters on one frozen trunk, whose gradients are summed."""
+    optimizers, sharded = [], world.size > 1 and not cfg.lora_rank
+    sampler = load_model(cfg.model, dtype, world.device).requires_grad_(False) if sharded else None
+    for number, model in enumerate((policy, critic)):
         if model is None:
             optimizers.append(None)
             continue
-        distributed.shard(model.to(world.device), world, dtype)
-        model.recompute = cfg.recompute
+        model.to(world.device).recompute = cfg.recompute
+        if cfg.lora_rank:
+            lora.add_adapters(model, cfg.lora_rank, cfg.seed + number)
+        else:
+            distributed.shard(model, world, dtype)
         betas = (cfg.beta1, cfg.beta2)
         optimizers.append(AdamW(model, dtype, betas, cfg.eps, cfg.weight_decay, cfg.clip))
-    return ActorCritic(policy, critic, *optimizers), sampler or policy, reference
+    return ActorCritic(policy, critic, *optimizers), sampler or policy
 
 
 def encode_prompts(rows: list[dict], policy, scorer: Scorer, cfg) -> tuple[list[Prompt], list[Prompt], dict]:

@@ -12,12 +12,16 @@ import logging
 import torch
 
 from hpsafety.data.sources import load_rows
+from hpsafety.model import lora
 from hpsafety.model.io import save_state
+from hpsafety.model.mapped import present
 from hpsafety.rollout import experience as rollouts
 from hpsafety.rollout import invariance
 from hpsafety.rollout.advantages import adapted
 from hpsafety.rollout.experience import Experience
-from hpsafety.safety.ppo_health import degenerate, hold_out, last_good, refuse_degenerate
+from hpsafety.safety.ppo_frozen import load_reference, park_judges
+from hpsafety.safety.ppo_health import degenerate, held_out, hold_out, last_good, refuse_degenerate
+from hpsafety.safety.ppo_memory import check_memory, peak_bytes, plan_of
 from hpsafety.safety.ppo_page import write_page
 from hpsafety.safety.ppo_run import Run, drawn, sample_and_judge, sampling, timed
 from hpsafety.safety.ppo_setup import encode_prompts, kl_coefficient, load_models, place
@@ -57,22 +61,26 @@ def _run(cfg, world) -> None:
     )
     headline += f" at first, moved towards a KL of {cfg.adaptive_kl:g}" if cfg.adaptive_kl else ""
     headline += f"; {preset_note(cfg)}{why}"
-    actor, sampler, reference = place(policy, critic, cfg, dtype, world)
-    r = Run(cfg, actor, sampler, reference, scorer, train, valid, kl_coef, out, world)
+    actor, sampler = place(policy, critic, cfg, dtype, world)
+    r = Run(cfg, actor, sampler, None, scorer, train, valid, kl_coef, out, world)
     longest = max(len(prompt.tokens) for prompt in train + valid)
     rollouts.check_memory(sampler, longest, sampling(r, cfg.temperature, 0))
+    memory, before = plan_of(cfg, actor, sampler, scorer, longest, dtype, world), peak_bytes(world.device)
     counts |= stage.plain_counts(records.counts) | {"parameters": parameters, "kl_coef": kl_coef}
     stage.begin(out, headline, counts, world)
     if world.is_main:
-        warn(counts, cfg)
+        warn(counts, cfg, dtype)
         if cfg.batch_invariant and (why := invariance.fault(sampler)):
             say(f"ppo: --batch-invariant cannot hold to the bit here: {why}")
+        say("\n".join(memory.lines()))
+    park_judges(cfg, scorer, out.checkpoints, world)
+    r.reference = load_reference(cfg, policy, dtype, out.checkpoints, world)
     done = iterate(r)
-    tensors = stage.whole_weights(actor.policy)
+    tensors = lora.Merged(policy) if cfg.lora_rank else stage.whole_weights(actor.policy)
     if world.is_main:
         save_state(policy.config, tensors, policy.tokenizer, policy.generation, out.path / "model")
         write_page(read_metrics(out.path), counts | done, out.path / "report.html")
-    out.finish(counts | done)
+    out.finish(counts | done | {"memory": check_memory(memory, before, world)})
     if world.is_main:
         say(f"ppo: wrote {out.path / 'model'} and report.html")
     distributed.barrier(world)
@@ -84,8 +92,10 @@ def preset_note(cfg) -> str:
     return f"preset {cfg.preset}{', but for ' if changed else ''}{changed}; " if cfg.preset else ""
 
 
-def warn(counts: dict, cfg) -> None:
-    """Says what was assumed for want of data."""
+def warn(counts: dict, cfg, dtype) -> None:
+    """Says what was assumed for want of data, and what a setting costs."""
+    if cfg.frozen == "bf16" and dtype != torch.bfloat16 and not cfg.lora_rank:
+        say("ppo: the start is computed in bf16, the policy in fp32: their KL is not exactly 0 at first")
     if counts["without_is_safety"]:
         taken = "safety" if cfg.all_safety else "helpfulness"
         say(f"ppo: {counts['without_is_safety']} prompts without is_safety are taken as {taken} prompts")
@@ -102,7 +112,7 @@ def iterate(r: Run) -> dict:
     cfg, out, world = r.cfg, r.out, r.world
     totals = {
         "step": 0, "tokens": 0, "tokens_equiv": 0, "elapsed_s": 0.0, "sums": {}, "times": {}, "first_length": None,
-        "best": None, "worse": 0, "over": False, "said_equal": False, "kl_coef": r.kl_coef,
+        "best": None, "worse": 0, "over": False, "said_equal": False, "kl_coef": r.kl_coef, "held": [],
     }  # fmt: skip
     modules = r.actor.modules()
     if out.resume_step:
@@ -125,7 +135,8 @@ def iterate(r: Run) -> dict:
     if totals["best"] is not None:
         checkpoint.load_best(out.checkpoints, r.actor.policy, world)
     names = ("tokens", "tokens_equiv")
-    return {"steps": totals["step"], "best_valid_reward": totals["best"]} | {n: totals[n] for n in names}
+    counts = {"steps": totals["step"], "best_valid_reward": totals["best"]} | held_out(totals)
+    return counts | {n: totals[n] for n in names}
 
 
 def iteration(r: Run, index: int, totals: dict, modules, metrics, progress, stop) -> None:
@@ -164,7 +175,8 @@ def one_step(r: Run, index, number, parts, rows, experience: Experience, totals:
     chosen = experience.groups[number * per_step : (number + 1) * per_step]
     tokens = sum(len(response) for group in chosen for response in group.responses)
     groups = [group for part in parts for group in part.batch.groups]
-    phases.work(r.actor.policy, groups, 3 * len(r.actor.optimizers()))
+    passes = 2 if cfg.lora_rank else 3  # a frozen trunk has no weight gradients
+    phases.work(r.actor.policy, groups, passes * len(r.actor.optimizers()))
     try:
         with timed(totals, "update"):
             result = update(
@@ -172,6 +184,7 @@ def one_step(r: Run, index, number, parts, rows, experience: Experience, totals:
             )
     except FloatingPointError as error:
         raise degenerate(r, index, index, str(error)) from None
+    r.actor.zero_grad()  # memory that checkpoints and sampling need not find taken
     sums = totals["sums"]
     for name in (name for name in MEANS if name in result):
         sums[name] = sums.get(name, 0.0) + result[name] / cfg.updates
@@ -225,7 +238,8 @@ def measured(r: Run, experience: Experience, minibatches) -> Experience:
         return measure(minibatches, call, columns, size, world)
 
     old, entropy = taken(lambda batch: r.actor.policy.logprobs(batch, cfg.temperature, True), 2)
-    (reference,) = taken(lambda batch: (r.reference.logprobs(batch, cfg.temperature),))
+    with present(r.reference, world.device) as model:
+        (reference,) = taken(lambda batch: (model.logprobs(batch, cfg.temperature),))
     if r.actor.critic is None:
         return experience.measured(old, entropy, reference)
     (values,) = taken(lambda batch: (r.actor.critic.values(batch),))

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from hpsafety.errors import file_error
 from hpsafety.files import fsync_dir
+from hpsafety.model.mapped import give_back
 from hpsafety.train import distributed
 
 KEEP = 2
@@ -66,7 +67,8 @@ def _load_tensors(tensors: dict[str, torch.Tensor], folder: Path, world) -> None
 
 
 def _weights(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters()}
+    """Parameters that train: a frozen one is what the run read it as."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def steps(folder: Path) -> list[int]:
@@ -85,6 +87,7 @@ def save(folder: Path, step: int, model, optimizer, trainer: dict, world, spared
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     distributed.barrier(world)
+    give_back()
     try:
         _save_tensors(_weights(model), temporary / "weights", world)
         _save_tensors(optimizer.state(), temporary / "optimizer", world)
@@ -153,9 +156,11 @@ def load(path: Path, model, optimizer, world) -> dict:
 
 
 def drop_training_state(folder: Path) -> None:
-    """Removes the optimiser's part of every checkpoint, the best weights, PPO's rollouts and DPO's reference: a
-    finished stage has its model."""
-    for path in [*folder.glob("experience-*"), *folder.glob("reference.safetensors")]:
+    """Removes the optimiser's part of every checkpoint, the best weights, PPO's rollouts and parked models, and DPO's
+    reference: a finished stage has its model."""
+    for path in [
+        f for name in ("experience-*", "frozen-*", "reference.safetensors") for f in folder.glob(name)
+    ]:
         path.unlink()
     for step in steps(folder):
         shutil.rmtree(folder / f"step-{step}" / "optimizer", ignore_errors=True)

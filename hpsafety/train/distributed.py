@@ -4,7 +4,9 @@ Launch: torchrun --nproc-per-node N -m hpsafety <stage> ... (NCCL on GPUs, gloo 
 state are sharded with FSDP2 (fully_shard); loss denominators, gradient norm and metrics stay global.
 """
 
+import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +106,14 @@ def all_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return tensor
 
 
+def all_sum_together(tensors: list[torch.Tensor], world: World) -> None:
+    """Adds up each tensor over the ranks, in place, in one message."""
+    if world.size > 1:
+        flat = all_sum(torch.cat([tensor.flatten() for tensor in tensors]), world)
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+
+
 def all_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """The largest over ranks, element by element, on every rank."""
     if world.size > 1:
@@ -131,6 +141,15 @@ def copy_whole(source: nn.Module, target: nn.Module) -> None:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
+
+
+def long_barrier(world: World) -> Callable[[], None]:
+    """A barrier for ranks whose work differs by hours, which the usual one's time limit would not stand; it is made
+    while they are together (a collective call)."""
+    if world.size == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    return lambda: dist.barrier(group=group)
 
 
 def broadcast_object(value, world: World):

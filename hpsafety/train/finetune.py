@@ -6,15 +6,36 @@ from collections.abc import Callable
 
 import torch
 
-from hpsafety.data.batches import drop_long
+from hpsafety.data.batches import drop_long, nested_subset
 from hpsafety.data.chat import encode_dialogue
 from hpsafety.data.groups import PromptGroup
+from hpsafety.data.records import TRAIN_SPLITS, check_disjoint
 from hpsafety.errors import InputError
 from hpsafety.model.io import save_state
 from hpsafety.train import distributed, stage
 from hpsafety.train.loop import fit
 
 log = logging.getLogger("hpsafety")
+
+
+def select_rows(
+    rows: list[dict], safety_fraction: float, seed: int, all_safety: bool
+) -> tuple[list[dict], dict]:
+    """(rows to train on, in the order given; counts). All helpful rows, and a nested share of the safety rows.
+
+    Rows of a held-out split never train. Raises InputError when a prompt is both trained on and held out (DATA-3).
+    """
+    trained = [r for r in rows if r.get("split") in (None, *TRAIN_SPLITS)]
+    check_disjoint(trained, [r for r in rows if r.get("split") not in (None, "valid", *TRAIN_SPLITS)])
+    is_safety = [bool(r.get("is_safety", all_safety)) for r in trained]
+    safety = [i for i, flag in enumerate(is_safety) if flag]
+    used = {safety[i] for i in nested_subset(len(safety), safety_fraction, seed)}
+    kept = [r for i, r in enumerate(trained) if not is_safety[i] or i in used]
+    counts = {
+        "rows": len(rows), "held_out": len(rows) - len(trained), "safety_rows": len(safety),
+        "safety_rows_used": len(used), "helpful_rows": len(trained) - len(safety),
+    }  # fmt: skip
+    return kept, counts
 
 
 def build_groups(rows: list[dict], tokenizer, max_length: int, train: str = "all") -> tuple[list, dict]:

@@ -35,8 +35,8 @@ class AdamW:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names, self.params = map(list, zip(*trained, strict=True))
         self.betas, self.eps, self.weight_decay, self.max_norm = betas, eps, weight_decay, max_norm
-        sharded = hasattr(self.params[0], "to_local")
-        self.low_precision = dtype != torch.float32 and not sharded
+        self.sharded = hasattr(self.params[0], "to_local")
+        self.low_precision = dtype != torch.float32 and not self.sharded
         self.masters = [p.detach().float() for p in self.params]
         self.exp_avg = [torch.zeros_like(m) for m in self.masters]
         self.exp_avg_sq = [torch.zeros_like(m) for m in self.masters]
@@ -91,9 +91,16 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, world) -> torch.Tensor:
-        """One update; returns the gradient's global norm (0-dim fp64). A non-finite norm leaves everything as it is."""
+        """One update; returns the gradient's global norm (0-dim fp64). A non-finite norm leaves everything as it is.
+
+        Where every rank holds the whole model, the ranks' gradients are added up first.
+        """
         grads = self._gradients()
-        norm = distributed.all_sum(ops.grad_norm_sq(grads), world).sqrt()
+        if self.sharded:
+            norm = distributed.all_sum(ops.grad_norm_sq(grads), world).sqrt()
+        else:
+            distributed.all_sum_together(grads, world)
+            norm = ops.grad_norm_sq(grads).sqrt()
         for decay in (True, False):
             pick = [i for i, name in enumerate(self.names) if decays(name) == decay]
             local = lambda tensors: [distributed.local(tensors[i]) for i in pick]  # noqa: B023, E731

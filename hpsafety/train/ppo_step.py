@@ -62,6 +62,11 @@ class ActorCritic:
         parts = {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
         return {role: part for role, part in parts.items() if part is not None}
 
+    def zero_grad(self) -> None:
+        """Lets all gradients go."""
+        for optimizer in self.optimizers().values():
+            optimizer.zero_grad()
+
     def state(self) -> dict[str, torch.Tensor]:
         """Both optimisers' state, as AdamW.state()."""
         parts = self.optimizers().items()
@@ -128,8 +133,7 @@ def update(
     ratio_max = torch.zeros((), device=world.device)
     settings = {"clip_ratio": clip_ratio, "num_tokens": num_tokens}
     with phases.phase("optimiser"):
-        for optimizer in actor.optimizers().values():
-            optimizer.zero_grad()
+        actor.zero_grad()
     for part in parts:
         old, advantages = rows.old_logprobs[part.rows], rows.advantages[part.rows]
         mask, nothing = part.batch.train_mask, torch.zeros_like(old)  # as values: a value loss of 0

@@ -192,6 +192,12 @@ def test_early_stopping_restores_the_best(model_dir, judges, prompts, tmp_path, 
     assert "stopping early" in capsys.readouterr().err and seen[0] != seen[-1]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["counts"]["steps"] == 6 and manifest["counts"]["best_valid_reward"] == pytest.approx(0.4)
+    held = manifest["counts"]["held_out"]
+    assert [round(held[name]["mean"], 4) for name in ("before", "best", "change")] == [0.1, 0.4, 0.3]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert (
+        page.count("<svg") == 2 and "R_c, held out from 0.400 to 0.200" in page and "0.3000 to 0.3000" in page
+    )
     greedy = load_model(model_dir).generate(
         [p.tokens for p in held_out(model_dir, judges, prompts, cfg)], 1, 12, 0.0
     )

@@ -20,12 +20,13 @@ def trained(model_dir, judges, prompts, tmp_path, monkeypatch):
     """trained(seed, kl_coef) -> metrics of 30 iterations with the rigged reward."""
     rig(monkeypatch, share)
 
-    def train(seed: int, kl_coef: float) -> list[dict]:
+    def train(seed: int, kl_coef: float, **changes) -> list[dict]:
         out = tmp_path / f"run-{seed}-{kl_coef:g}"
-        ppo.run(config(
-            model_dir, judges, prompts, out, seed=seed, kl_coef=kl_coef, iterations=30, batch=64, minibatch=16, k=1,
-            max_new_tokens=10, lr=2e-3, tokens_per_batch=4096, eval_every=30, checkpoint_every=0,
-        ))  # fmt: skip
+        settings = {
+            "seed": seed, "kl_coef": kl_coef, "iterations": 30, "batch": 64, "minibatch": 16, "k": 1, "lr": 2e-3,
+            "max_new_tokens": 10, "tokens_per_batch": 4096, "eval_every": 30, "checkpoint_every": 0,
+        }  # fmt: skip
+        ppo.run(config(model_dir, judges, prompts, out, **(settings | changes)))
         return metrics(out)
 
     return train
@@ -35,10 +36,13 @@ def mean(rows, name) -> float:
     return sum(row[name] for row in rows) / len(rows)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_rigged_reward_rises(trained, seed):
+ADAPTERS = {"lora_rank": 4, "lr": 2e-2}  # ten times the rate of whole weights
+
+
+@pytest.mark.parametrize("seed, changes", [(0, {}), (1, {}), (2, {}), (0, ADAPTERS)])
+def test_a_rigged_reward_rises(trained, seed, changes):
     """PPO-11: the mean reward of the last five of 30 iterations lies above the first five's, by more than noise."""
-    rows = trained(seed, 0.01)
+    rows = trained(seed, 0.01, **changes)
     first, last = mean(rows[:5], "reward"), mean(rows[-5:], "reward")
     assert last > first + 0.2, (first, last)
     assert mean(rows[-5:], "kl") > 0.05 and {row["ratio_max_first"] for row in rows} == {1.0}
