@@ -1,7 +1,8 @@
 """`hpsafety demo`: a real chat model learns safer answers on a laptop, and a report shows both sides of the trade.
 
 smollm2 (135M, already instruction-tuned) is fine-tuned on a seeded subset of the demo data; two reward models learn
-from the demo's preference pairs; the fine-tuned model answers prompts several times, and learns from its best answers.
+from the demo's preference pairs; the fine-tuned model answers prompts several times, and learns from its best answers;
+a few iterations of PPO go on from there, and at last the effect of preprompts is distilled into the weights.
 The same held-out questions are asked at each step: adversarial ones (to be declined), borderline ones that only look
 dangerous and plain helpful ones (both to be answered).
 """
