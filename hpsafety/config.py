@@ -186,3 +186,8 @@ def memory_bytes(text: str | None) -> int | None:
     """Bytes of a size such as 512MB, 2GB or 1.5G, in powers of 1024; None where it is no size above 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", (text or "").strip().upper())
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) or None if match else None
+
+
+def require_kv_memory(cfg) -> None:
+    known = cfg.kv_memory is None or memory_bytes(cfg.kv_memory) is not None
+    require(cfg, "kv_memory", known, "a size such as 512MB or 2GB")

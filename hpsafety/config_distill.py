@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from hpsafety.config import TrainConfig, memory_bytes, option, require, require_at_least
+from hpsafety.config import TrainConfig, option, require, require_at_least, require_kv_memory
 from hpsafety.config_sampling import require_sampling
 from hpsafety.errors import InputError
 
@@ -59,8 +59,7 @@ class DistillConfig(TrainConfig):
         require_at_least(self, 1, "k", "max_batch")
         require_at_least(self, 0, "top_k")
         require_sampling(self)
-        known = self.kv_memory is None or memory_bytes(self.kv_memory) is not None
-        require(self, "kv_memory", known, "a size such as 512MB or 2GB")
+        require_kv_memory(self)
         if self.teacher and self.target != "kl":
             raise InputError(
                 "--teacher needs --target kl: the target text learns from the model's own samples"

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from hpsafety.config import TrainConfig, memory_bytes, option, require, require_at_least
+from hpsafety.config import TrainConfig, option, require, require_at_least, require_kv_memory
 from hpsafety.errors import InputError
 
 LANGUAGES = ("French", "Spanish", "German", "Italian", "Portuguese", "Dutch")
@@ -86,5 +86,4 @@ class GAttConfig(TrainConfig):
         known = (*LANGUAGES, *SCRIPTS)
         fine = bool(self.languages) and set(self.languages) <= set(known)
         require(self, "languages", fine, f"of {', '.join(known)}")
-        memory = self.kv_memory is None or memory_bytes(self.kv_memory) is not None
-        require(self, "kv_memory", memory, "a size such as 512MB or 2GB")
+        require_kv_memory(self)

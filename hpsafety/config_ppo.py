@@ -10,11 +10,11 @@ from typing import Literal
 
 from hpsafety.config import (
     Precision,
-    memory_bytes,
     option,
     require,
     require_at_least,
     require_device,
+    require_kv_memory,
     require_seed,
 )
 from hpsafety.errors import InputError
@@ -146,8 +146,7 @@ class PPOConfig:
         for field in ("clip_ratio", "beta1", "beta2"):
             require(self, field, 0 <= getattr(self, field) < 1, "from 0 to below 1")
         require(self, "clip_ratio", self.clip_ratio > 0, "greater than 0 and below 1")
-        known = self.kv_memory is None or memory_bytes(self.kv_memory) is not None
-        require(self, "kv_memory", known, "a size such as 512MB or 2GB")
+        require_kv_memory(self)
         require_seed(self)
         require_device(self)
         require(self, "frozen", self.frozen in ("resident", "bf16", "mapped"), "resident, bf16 or mapped")

@@ -7,11 +7,11 @@ from typing import Literal
 from hpsafety.config import (
     Precision,
     TrainConfig,
-    memory_bytes,
     option,
     require,
     require_at_least,
     require_device,
+    require_kv_memory,
     require_seed,
 )
 
@@ -81,8 +81,7 @@ class SampleConfig:
         require_at_least(self, 0, "top_k")
         require_sampling(self)
         require_seed(self)
-        known = self.kv_memory is None or memory_bytes(self.kv_memory) is not None
-        require(self, "kv_memory", known, "a size such as 512MB or 2GB")
+        require_kv_memory(self)
         require_device(self)
         require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
 
@@ -151,4 +150,5 @@ class RejectConfig(TrainConfig):
         require(self, "top_p", 0 < self.top_p <= 1, "above 0, up to 1")
         fine = all(0 <= t < math.inf for t in self.temperatures) and self.temperatures
         require(self, "temperatures", bool(fine), "one number or more, each 0 or greater")
+        require_kv_memory(self)
         require(self, "pool", self.pool in ("all", "last"), "all or last")

@@ -6,10 +6,10 @@ import math
 from hpsafety.config import (
     TrainConfig,
     flag,
-    memory_bytes,
     option,
     require,
     require_at_least,
+    require_kv_memory,
     require_training,
 )
 from hpsafety.errors import InputError
@@ -81,8 +81,7 @@ class ScalingConfig(TrainConfig):
             require(self, "eval", all(self.eval), "one file or more")
         require_at_least(self, 1, "eval_prompts", "max_new_tokens", "max_batch")
         require(self, "temperature", 0 <= self.temperature < math.inf, "a number, 0 (greedy) or greater")
-        known = self.kv_memory is None or memory_bytes(self.kv_memory) is not None
-        require(self, "kv_memory", known, "a size such as 512MB or 2GB")
+        require_kv_memory(self)
         shares = self.fractions
         fine = len(shares) > 0 and all(0 <= share <= 1 for share in shares)
         require(self, "fractions", fine, "one number or more, each from 0 to 1")

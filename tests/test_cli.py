@@ -16,6 +16,7 @@ from hpsafety.config import DemoConfig, RewardConfig, SFTConfig, TrainConfig
 from hpsafety.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+JUDGES = ["--safety-rm", "s", "--helpful-rm", "h"]
 NEEDED = ["--model", "m", "--data", "a.jsonl", "--out", "o"]
 
 
@@ -149,6 +150,7 @@ def test_bad_config_file(tmp_path, capsys, text, expected):
         (["sft", "stray", *NEEDED], "unexpected argument 'stray'"),
         (["demo", "--answer-tokens", "0"], "--answer-tokens must be at least 1"),
         (["ops", "--all"], "unexpected argument '--all'"),
+        (["reject", *NEEDED, *JUDGES, "--kv-memory", "lots"], "--kv-memory must be a size such as 512MB or 2GB"),
         (["stf"], "unknown command 'stf'; did you mean sft?"),
     ],
 )
