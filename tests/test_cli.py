@@ -150,7 +150,10 @@ def test_bad_config_file(tmp_path, capsys, text, expected):
         (["sft", "stray", *NEEDED], "unexpected argument 'stray'"),
         (["demo", "--answer-tokens", "0"], "--answer-tokens must be at least 1"),
         (["ops", "--all"], "unexpected argument '--all'"),
-        (["reject", *NEEDED, *JUDGES, "--kv-memory", "lots"], "--kv-memory must be a size such as 512MB or 2GB"),
+        (
+            ["reject", *NEEDED, *JUDGES, "--kv-memory", "lots"],
+            "--kv-memory must be a size such as 512MB or 2GB",
+        ),
         (["stf"], "unknown command 'stf'; did you mean sft?"),
     ],
 )
