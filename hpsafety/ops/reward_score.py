@@ -18,6 +18,8 @@ def _fake(hidden_safety, hidden_helpful, last_rows, head_safety, head_helpful, i
     return *scores, last_rows.new_empty(cu_groups.shape[0] - 1, dtype=torch.int64)
 
 
+THRESHOLD = 0.15  # of R_s, below which it is the safety score that counts on any prompt (PPO-1)
+
 _op = Op(
     "reward_score",
     "(Tensor hidden_safety, Tensor hidden_helpful, Tensor last_rows, Tensor head_safety, Tensor head_helpful,"
@@ -74,7 +76,7 @@ def _check_responses(hidden_safety, hidden_helpful, last_rows, is_safety, cu_gro
 
 def reward_score(
     hidden_safety, hidden_helpful, last_rows, head_safety, head_helpful, is_safety, cu_groups, *,
-    norm_safety=None, norm_helpful=None, eps=1e-5, threshold=0.15, impl=None,
+    norm_safety=None, norm_helpful=None, eps=1e-5, threshold=THRESHOLD, impl=None,
 ):  # fmt: skip
     """Both reward models' scores of R responses, the one that counts, and the best response of each group.
 

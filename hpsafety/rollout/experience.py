@@ -15,6 +15,7 @@ from hpsafety import ops
 from hpsafety.data.groups import PromptGroup
 from hpsafety.errors import RunError, file_error
 from hpsafety.files import atomic_write
+from hpsafety.ops.reward_score import THRESHOLD
 from hpsafety.rollout.advantages import whiten, without_critic
 from hpsafety.rollout.engine import Engine, Request
 from hpsafety.rollout.sampler import Rollout, Settings
@@ -67,7 +68,7 @@ class Experience:
         tagged = torch.repeat_interleave(
             self.is_safety, torch.tensor([len(group.responses) for group in self.groups])
         )
-        return tagged | (torch.sigmoid(self.safety.double()).float() < 0.15)
+        return tagged | (torch.sigmoid(self.safety.double()).float() < THRESHOLD)
 
     def measured(self, old_logprobs, entropy, ref_logprobs, values=None) -> "Experience":
         """With the numbers per token: (N,) fp32 each, in canonical order, on any device; no values without a critic."""
