@@ -31,6 +31,7 @@ from hpsafety.train.metrics import read_metrics, say
 
 RUNS = ("sft", "reward-safety", "reward-helpfulness", "reject", "ppo", "distill")
 PREPROMPT_TOKENS = 150  # of a prompt with a preprompt, about
+LORA_RANK = 16  # of PPO
 PPO_GROUPS = 8  # prompts per iteration of PPO, cfg.k answers each
 SAMPLES_PER_SET = 2
 
@@ -80,14 +81,15 @@ def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
 
 
 def reinforce(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
-    """PPO from the best-of-K model, once over the prompts, PPO_GROUPS of them an iteration."""
+    """PPO from the best-of-K model, once over the prompts, PPO_GROUPS of them an iteration; on adapters, so that a laptop's
+    memory holds all five roles."""
     write_records(out / "data" / "prompts-ppo.jsonl", prompts)
     batch = PPO_GROUPS * cfg.k
     ppo.run(PPOConfig(
         model=str(out / "reject" / "model"), data=(str(out / "data" / "prompts-ppo.jsonl"),), out=str(out / "ppo"),
         k=cfg.k, batch=batch, minibatch=batch // 2, iterations=len(prompts) // PPO_GROUPS, lr=cfg.ppo_lr,
         max_new_tokens=cfg.answer_tokens, seed=cfg.seed, device=cfg.device, precision=cfg.precision,
-        checkpoint_every=0, frozen="mapped", **{f"{name}_rm": path for name, path in judges(out).items()},
+        checkpoint_every=0, lora_rank=LORA_RANK, frozen="mapped", **{f"{name}_rm": path for name, path in judges(out).items()},
     ))  # fmt: skip
 
 
@@ -122,10 +124,10 @@ def _opening(cfg: DemoConfig) -> None:
         f"  1. fine-tuning on at most {cfg.train_tokens:,} tokens of demonstrations\n"
         f"  2. two reward models, of safety and of helpfulness, each on at most {cfg.reward_tokens:,} tokens of pairs\n"
         f"  3. rejection sampling: {cfg.k} answers a prompt, {cfg.reject_tokens:,} tokens at most, the best is learnt\n"
-        f"  4. PPO with both reward models, on {cfg.ppo_tokens:,} sampled tokens at most\n"
+        f"  4. PPO with both reward models, on low-rank adapters, {cfg.ppo_tokens:,} sampled tokens at most\n"
         f"  5. distillation of safety preprompts, {cfg.distill_tokens:,} sampled tokens at most\n"
         f"{3 * cfg.eval_prompts} held-out questions are asked before, and after 1, 3, 4 and 5.\n"
-        f"Expect 6 to 12 minutes on two cores, under 6 GB of memory.\nOutput: {cfg.out}/\n",
+        f"Expect 6 to 12 minutes on two cores, under 5 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
