@@ -81,15 +81,16 @@ def best_of_k(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
 
 
 def reinforce(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
-    """PPO from the best-of-K model, once over the prompts, PPO_GROUPS of them an iteration; on adapters, so that a laptop's
-    memory holds all five roles."""
+    """PPO from the best-of-K model, once over the prompts, PPO_GROUPS of them an iteration; on adapters, so that a
+    laptop's memory holds all five roles."""
     write_records(out / "data" / "prompts-ppo.jsonl", prompts)
     batch = PPO_GROUPS * cfg.k
     ppo.run(PPOConfig(
         model=str(out / "reject" / "model"), data=(str(out / "data" / "prompts-ppo.jsonl"),), out=str(out / "ppo"),
         k=cfg.k, batch=batch, minibatch=batch // 2, iterations=len(prompts) // PPO_GROUPS, lr=cfg.ppo_lr,
         max_new_tokens=cfg.answer_tokens, seed=cfg.seed, device=cfg.device, precision=cfg.precision,
-        checkpoint_every=0, lora_rank=LORA_RANK, frozen="mapped", **{f"{name}_rm": path for name, path in judges(out).items()},
+        checkpoint_every=0, lora_rank=LORA_RANK, frozen="mapped",
+        **{f"{name}_rm": path for name, path in judges(out).items()},
     ))  # fmt: skip
 
 
