@@ -3,16 +3,13 @@ apart from its student."""
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hpsafety.stages import distill
+from tests.stages.ranks import run_on_two_ranks
 from tests.stages.test_distill import config, data, judges, model_dir
-from tests.stages.test_sft import ROOT
 
 __all__ = ["data", "judges", "model_dir"]  # fixtures
 
@@ -32,22 +29,7 @@ def test_two_ranks_give_the_same_samples(model_dir, judges, data, tmp_path, targ
     one = config(model_dir, judges, data, tmp_path / "one", target=target)
     two = dataclasses.replace(one, out=str(tmp_path / "two"))
     distill.run(one)
-    script = tmp_path / "worker.py"
-    script.write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    run = subprocess.run(
-        [*command, json.dumps(dataclasses.asdict(two))], capture_output=True, text=True, timeout=400, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-6000:]
+    run_on_two_ranks(SCRIPT, two, timeout=400)
     names = [f"samples/{n}.jsonl" for n in ("plain", "none", "generic", "template", "scores")]
     for name in (*names, "decisions.jsonl", "train.jsonl"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name

@@ -1,16 +1,12 @@
 """Ghost attention on two ranks. The bug this file must catch: ranks that draw other answers than one process."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from hpsafety.stages import gatt
+from tests.stages.ranks import run_on_two_ranks
 from tests.stages.test_gatt import chat_model, config, dialogues, lines, names
-from tests.stages.test_sft import ROOT
 
 __all__ = ["chat_model", "dialogues", "names"]  # fixtures
 
@@ -32,22 +28,7 @@ def test_two_ranks_give_the_same_dialogues(chat_model, dialogues, tmp_path, name
     one = config(chat_model, dialogues, tmp_path / "one")
     two = dataclasses.replace(one, out=str(tmp_path / "two"))
     gatt.run(one)
-    script = tmp_path / "worker.py"
-    script.write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    run = subprocess.run(
-        [*command, json.dumps(dataclasses.asdict(two))], capture_output=True, text=True, timeout=240, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
+    run = run_on_two_ranks(SCRIPT, two)
     for name in gatt.OURS:
         if name != "recall-after.jsonl":  # of a model that differs by rounding
             assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hpsafety.stages import reject
+from tests.stages.ranks import run_on_two_ranks
 from tests.stages.test_reject import config, prompts
-from tests.stages.test_sft import ROOT
 
 __all__ = ["prompts"]  # fixture
 
@@ -29,22 +26,7 @@ def test_two_ranks_give_the_same_samples(model_dir, judges, prompts, tmp_path):
     one = config(model_dir, judges, prompts, tmp_path / "one", temperatures=(0.5, 1.0))
     two = dataclasses.replace(one, out=str(tmp_path / "two"))
     reject.run(one)
-    script = tmp_path / "worker.py"
-    script.write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    run = subprocess.run(
-        [*command, json.dumps(dataclasses.asdict(two))], capture_output=True, text=True, timeout=240, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_on_two_ranks(SCRIPT, two)
     for name in ("search-0.5", "search-1", "samples", "scores", "selected"):
         path = Path("iteration-1") / f"{name}.jsonl"
         assert (tmp_path / "two" / path).read_bytes() == (tmp_path / "one" / path).read_bytes(), name
