@@ -92,7 +92,7 @@ def write_report(result: dict, path: Path) -> None:
     }  # its loss need not fall
     ends = [row for row in ppo_page.ends(result["metrics"]["ppo"]) if row[0] in PPO_ROWS]
     page = environment.get_template("demo.html").render(
-        title="Making a small chat model safer, step by step", result=result, table=comparison(result),
+        title="Making a small chat model safer, step by step", result=result, table=comparison(result, short=True),
         names=[m["name"] for m in models], judges=judge_rows(result), last=result["metrics"]["sft"][-1],
         trade_off=Markup(trade_off([{"name": m["name"], **m["refused"]} for m in models])),
         scores=Markup(score_figure(models, JUDGED[:2])), loss_curves=Markup(loss_curves(losses)),

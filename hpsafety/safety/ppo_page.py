@@ -96,4 +96,6 @@ def _dress(ax, title: str) -> None:
     ax.xaxis.label.set(color=INK, fontsize=8)
     ax.tick_params(labelsize=8)
     ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, color=INK)
     ax.patch.set_alpha(0)
