@@ -3,12 +3,19 @@
 One bug this file must catch: a backward that multiplies with the weight instead of its transpose.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as nnf
 
 from hpsafety.model import gemm
 from hpsafety.model.gemm import _onednn, linear, plain_linear, row_difference
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -111,3 +118,32 @@ def test_the_route_is_a_fact_of_the_machine():
     assert _onednn() is _onednn()
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         assert _onednn() is None
+
+
+SHAPES = """
+import resource, torch
+from hpsafety.model.gemm import plain_linear
+w = torch.randn(1024, 512, dtype=torch.bfloat16)
+def run(rows):
+    for n in rows: plain_linear(torch.randn(n, 512, dtype=torch.bfloat16), w)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+run([900, *range(16, 80)])
+before = peak()
+run(range(80, 880))
+print(peak() - before)
+"""
+
+
+def test_products_of_many_shapes_are_forgotten():
+    """The bug: one compiled product kept for every number of rows that a ragged run ever had."""
+    names, grown = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), []
+    for given in ({}, dict.fromkeys(names, "1024")):
+        env = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"} | given
+        words = [sys.executable, "-c", SHAPES]
+        run = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+        assert run.returncode == 0, run.stderr[-2000:]
+        grown.append(float(run.stdout))
+    ours, kept = grown
+    if kept < 20:
+        pytest.skip(f"this CPU's products of 800 shapes take {kept:.0f} MB, nothing to forget")
+    assert ours < kept / 2
