@@ -10,10 +10,10 @@ No product with a weight has fewer than MIN_ROWS rows: smaller inputs are padded
 other kernels and a row's last bits would depend on how many rows stand beside it. `row_difference` measures on this
 very machine whether they do above it (design section 7).
 
-Every micro-batch has another number of rows, and oneDNN keeps the code it compiles for each shape, and torch its wrapping,
-1,024 of them unless told otherwise: hundreds of MB that are never asked for again (smollm2 in bf16, PPO with adapters: +60
-MB an iteration). Few shapes are alive at a time, so a short memory costs nothing. ONEDNN_PRIMITIVE_CACHE_CAPACITY and
-LRU_CACHE_CAPACITY, where they are set, stand.
+Every micro-batch has another number of rows. oneDNN keeps the code it compiles for each shape, and torch what it wraps
+around it, 1,024 of each unless told otherwise: hundreds of MB that are never asked for again (smollm2 in bf16, PPO with
+adapters: +60 MB an iteration). Few shapes are alive at a time, so a short memory costs nothing. The variables
+ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY, where they are set, stand.
 """
 
 import functools
