@@ -26,7 +26,7 @@ class DemoConfig:
     reject_tokens: int = option("tokens of prompts and samples in rejection sampling, at most", 8_000)
     ppo_tokens: int = option("tokens of prompts and samples in PPO, at most", 8_000)
     distill_tokens: int = option("tokens of prompts and samples in distillation, at most", 8_000)
-    ppo_lr: float = option("learning rate of PPO's adapters, constant", 3e-4)
+    ppo_lr: float = option("learning rate of PPO's adapters, constant", 1e-4)
 
     def __post_init__(self):
         require(self, "out", bool(self.out), "a directory")

@@ -60,11 +60,16 @@ def terminal_tables(result: dict) -> None:
     from rich.text import Text
 
     console, names = Console(), [m["name"] for m in result["models"]]
-    table = Table("held-out measure", "wanted", title="before and after (95 % intervals)")
+    table = Table(title="before and after (95 % intervals; ↑ high is wanted, ↓ low)")
+    table.add_column("held out")
     for name in names:
         table.add_column(name, no_wrap=True)
-    for row in comparison(result, short=True):
-        table.add_row(*row)
+    for measure, wanted, *values in comparison(result, short=True):
+        arrow = "↑" if wanted.endswith("high") else "↓"
+        stacked = (
+            value.replace(" (", "\n(") for value in values
+        )  # a rate above its interval: 80 columns hold five
+        table.add_row(f"{measure.removesuffix(' prompts')} {arrow}", *stacked)
     console.print(table)
     pairs = Table("reward model", "pairs", "held-out accuracy")
     for row in judge_rows(result):
