@@ -130,7 +130,7 @@ def test_table_on_the_terminal(capsys):
     out = capsys.readouterr().out
     assert "\x1b[31m" not in out and "\u202e" not in out
     assert out.count("(2-14)") == 15 and "2.500" in out
-    assert "borderline ↓" in out and all(name in out for name in NAMES)  # 80 columns hold every name
+    assert "refused," in out and all(name in out for name in NAMES)  # 80 columns hold every name
     assert comparison(result())[1][2] == "5 % (3/60, 2-14)"
     table = comparison(result())
     assert all(len(row) == 2 + len(NAMES) for row in table)
