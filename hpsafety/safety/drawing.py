@@ -30,19 +30,28 @@ def figure(width: float = 6.4, height: float = 3.8):
     return fig, axes
 
 
-def panels(count: int, width: float, height: float):
-    """A figure and `count` axes side by side that share their y axis, in the page's style, inches."""
+def panels(count: int, width: float, height: float, share_y: bool = True):
+    """A figure and `count` axes side by side, by default on one y axis, in the page's style, inches."""
     from matplotlib import pyplot
 
     fig, first = figure(width, height)
     first.remove()
     style = {"axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.labelcolor": INK}
     with pyplot.rc_context(style | {"axes.grid": True, "grid.alpha": 0.25, "grid.color": INK}):
-        axes = fig.subplots(1, count, sharey=True, squeeze=False)[0]
+        axes = fig.subplots(1, count, sharey=share_y, squeeze=False)[0]
     for ax in axes:
         ax.patch.set_alpha(0)
         ax.spines[["top", "right"]].set_visible(False)
     return fig, axes
+
+
+def dress(ax, title: str, across: str) -> None:
+    """Title and x axis of a small panel that counts whole things."""
+    ax.set(title=title, xlabel=across)
+    ax.title.set(fontsize=9, color=INK)
+    ax.xaxis.label.set(color=INK, fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def boxes_and_dots(ax, columns: list[list[float]], colours: list, names: list[str]) -> None:

@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from hpsafety.files import atomic_write
-from hpsafety.safety.drawing import AFTER, BEFORE, INK, figure, to_svg
+from hpsafety.safety.drawing import AFTER, BEFORE, INK, dress, figure, panels, to_svg
 
 MODELS = (("before", BEFORE), ("after", AFTER))
 
@@ -74,7 +74,7 @@ def write_page(result: dict, path: Path) -> None:
 def recall_figure(result: dict) -> str:
     """A panel per kind of instruction: recall by turn, before and after, with 95 % intervals and the control's rate."""
     families = list(result["recall"]["before"])
-    fig, axes = _panels(7.6, 2.6, len(families))
+    fig, axes = panels(len(families), 7.6, 2.6, share_y=False)
     words = []
     for ax, family in zip(axes, families, strict=True):
         for shift, (model, colour) in enumerate(MODELS):
@@ -97,7 +97,7 @@ def recall_figure(result: dict) -> str:
             if part["control"]["total"]:
                 ax.axhline(100 * part["control"]["value"], color=colour, linestyle=":", linewidth=1)
         ax.set(ylim=(-4, 104), xlim=(0, max(result["eval_turns"]) + 1))
-        _dress(
+        dress(
             ax, family if result["recall"]["before"][family]["trained"] else f"{family} (not trained)", "turn"
         )
     axes[0].set_ylabel("followed, %", color=INK, fontsize=8)
@@ -137,7 +137,7 @@ def mass_figure(mass: dict) -> str:
 
 def layer_figure(mass: dict) -> str:
     """Attention on the instruction by layer (up) and turn (right): before, after, and what training changed."""
-    fig, axes = _panels(7.6, 3.6, 3)
+    fig, axes = panels(3, 7.6, 3.6, share_y=False)
     grids = [mass["before"]["by_layer"], mass["after"]["by_layer"]]
     change = [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(*grids, strict=True)]
     top = max(max(map(max, grid)) for grid in grids)
@@ -152,30 +152,10 @@ def layer_figure(mass: dict) -> str:
         ax.grid(False)
         bar = fig.colorbar(image, ax=ax, shrink=0.8)
         bar.ax.tick_params(labelsize=7, colors=INK)
-        _dress(ax, title, "turn of the answer")
+        dress(ax, title, "turn of the answer")
     axes[0].set_ylabel("layer", color=INK, fontsize=8)
     strongest = max(range(layers), key=lambda i: max(change[i]))
     return to_svg(
         fig,
         f"Attention on the instruction by layer and turn; it grew most in layer {strongest + 1} of {layers}.",
     )
-
-
-def _panels(width: float, height: float, count: int) -> list:
-    from matplotlib import pyplot
-
-    fig, first = figure(width, height)
-    first.remove()
-    style = {"axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.alpha": 0.25,
-             "grid.color": INK}  # fmt: skip
-    with pyplot.rc_context(style):
-        return fig, list(fig.subplots(1, count, squeeze=False)[0])
-
-
-def _dress(ax, title: str, across: str) -> None:
-    ax.set(title=title, xlabel=across)
-    ax.title.set(fontsize=9, color=INK)
-    ax.xaxis.label.set(color=INK, fontsize=8)
-    ax.tick_params(labelsize=8)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.patch.set_alpha(0)

@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from hpsafety.files import atomic_write
-from hpsafety.safety.drawing import AFTER, BEFORE, INK, MIDDLE, figure, to_svg
+from hpsafety.safety.drawing import AFTER, BEFORE, INK, MIDDLE, dress, figure, panels, to_svg
 
 REWARDS = {
     "reward": ("R_c", INK), "reward_safety": ("R_s", BEFORE), "reward_helpful": ("R_h", AFTER),
@@ -45,9 +45,7 @@ def ends(rows: list[dict]) -> list[tuple[str, str, str]]:
 
 def curves_figure(rows: list[dict]) -> str:
     """Mean rewards, KL to the start and length by iteration."""
-    fig, first = figure(7.6, 3.0)
-    first.remove()
-    axes = _panels(fig, 3)
+    fig, axes = panels(3, 7.6, 3.0, share_y=False)
     words = []
     for name, (label, colour) in REWARDS.items():
         points = [(row["iteration"], row[name]) for row in rows if name in row]
@@ -64,7 +62,7 @@ def curves_figure(rows: list[dict]) -> str:
         words.append(f"{title} from {values[0]:.4g} to {values[-1]:.4g}" if values else f"{title}: none")
     titles = ("mean score R", "KL to the start, nats per token", "tokens per answer")
     for ax, title in zip(axes, titles, strict=True):
-        _dress(ax, title)
+        dress(ax, title, "iteration")
     return to_svg(fig, f"PPO over {len(rows)} iterations: {'; '.join(words)}.")
 
 
@@ -78,24 +76,6 @@ def times_figure(rows: list[dict]) -> str:
         ax.bar(steps, seconds, bottom=below, color=colour, alpha=0.8, label=name, width=0.8)
         below = [a + b for a, b in zip(below, seconds, strict=True)]
         words.append(f"{name} {sum(seconds) / max(1, len(seconds)):.2f}")
-    _dress(ax, "seconds per iteration")
+    dress(ax, "seconds per iteration", "iteration")
     ax.legend(frameon=False, fontsize=7, labelcolor=INK, ncols=4)
     return to_svg(fig, f"Mean seconds per iteration: {', '.join(words)}.")
-
-
-def _panels(fig, count: int):
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}):
-        return fig.subplots(1, count)
-
-
-def _dress(ax, title: str) -> None:
-    ax.set(title=title, xlabel="iteration")
-    ax.title.set(fontsize=9, color=INK)
-    ax.xaxis.label.set(color=INK, fontsize=8)
-    ax.tick_params(labelsize=8)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, color=INK)
-    ax.patch.set_alpha(0)

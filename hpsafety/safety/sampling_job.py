@@ -38,21 +38,15 @@ def sample_file(cfg, world) -> None:
         raise InputError(f"{cfg.model}: has no tokenizer.json; sample needs one for the prompts' text")
     engine = Engine(model, engine_settings(cfg, model))
     job.check_rows(lambda row: check_prompt(engine, row))
-    job.open(cfg.resume)
     try:
-        if world.is_main:
-            say(headline(job, engine, cfg))
-        counts = sample_lines(job, engine, cfg)
-        total = distributed.all_sum(torch.tensor(list(counts.values())), world)
-        job.finish(dict(zip(counts, total.tolist(), strict=True)))
+        with job.working(cfg.resume):
+            if world.is_main:
+                say(headline(job, engine, cfg))
+            counts = sample_lines(job, engine, cfg)
+            total = distributed.all_sum(torch.tensor(list(counts.values())), world)
+            job.finish(dict(zip(counts, total.tolist(), strict=True)))
     except NotFinite as error:
         raise RunError(f"{job.place(error.prompt_index)}: {error}") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; what is finished is kept in {job.part}: run the same command again to go on"
-        ) from None
-    finally:
-        job.close()
     if world.is_main:
         say(f"sample: wrote {cfg.out}")
 

@@ -37,19 +37,13 @@ def play_file(
     model = load_model(cfg.model, dtype, world.device)
     engine = Engine(model, engine_settings(cfg, model))
     job.check_rows(lambda row: check_memory(engine, script(row), limit))
-    job.open(cfg.resume)
     try:
-        tokens = _play_lines(job, engine, limit, script, keep, title)
-        total = distributed.all_sum(torch.tensor([tokens, engine.prefilled_tokens]), world)
-        job.finish(dict(zip(("decoded_tokens", "prompt_tokens_computed"), total.tolist(), strict=True)))
+        with job.working(cfg.resume):
+            tokens = _play_lines(job, engine, limit, script, keep, title)
+            total = distributed.all_sum(torch.tensor([tokens, engine.prefilled_tokens]), world)
+            job.finish(dict(zip(("decoded_tokens", "prompt_tokens_computed"), total.tolist(), strict=True)))
     except NotFinite as error:
         raise RunError(f"{job.place(error.prompt_index // STRIDE)}: {error}") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; what is finished is kept in {job.part}: run the same command again to go on"
-        ) from None
-    finally:
-        job.close()
     if world.is_main:
         say(f"{title}: wrote {cfg.out}")
 

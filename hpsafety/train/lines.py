@@ -13,6 +13,7 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hpsafety.data.records import iter_numbered, iter_records
@@ -145,6 +146,19 @@ class LineJob:
             self.handle.close()
         close_log(self.log)
         self.log = None
+
+    @contextmanager
+    def working(self, resume: bool) -> Iterator[None]:
+        """Open within and closed after; an interruption says where the finished lines are."""
+        self.open(resume)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; what is finished is kept in {self.part}: run the same command again to go on"
+            ) from None
+        finally:
+            self.close()
 
     def finish(self, counts: dict) -> None:
         """Writes OUT from the parts of all ranks, its manifest beside it, and removes OUT.part (a collective call)."""

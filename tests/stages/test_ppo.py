@@ -17,6 +17,7 @@ from hpsafety.rollout import experience as rollouts
 from hpsafety.safety import ppo_health
 from hpsafety.stages import ppo
 from hpsafety.train.rundir import tree_hashes
+from tests.stages.interrupt import stop_at
 from tests.stages.test_sft import metrics, model_bytes, stable
 
 
@@ -134,18 +135,8 @@ def test_interrupted_run_goes_on_to_the_same_bytes(
     ppo.run(cfg)
     cut = dataclasses.replace(cfg, out=str(tmp_path / "cut"))
     at = {"rollout": 3, "minibatch": 5, "boundary": 6}[interrupted]
-    real, made, calls = ppo.update, ppo.sample_and_judge, []
-
-    def update(*args):
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            ppo.run(cut)
+    made = ppo.sample_and_judge
+    stop_at(at, ppo, "update", lambda: ppo.run(cut), monkeypatch)
     sampled = []
     with monkeypatch.context() as patch:
         for module in (ppo, ppo_health):

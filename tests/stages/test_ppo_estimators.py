@@ -12,6 +12,7 @@ from hpsafety.errors import InputError
 from hpsafety.rollout.advantages import adapted
 from hpsafety.safety import ppo_setup
 from hpsafety.stages import ppo
+from tests.stages.interrupt import stop_at
 from tests.stages.test_ppo import config, prompts, rig
 from tests.stages.test_ppo_trend import mean, share
 from tests.stages.test_sft import metrics, model_bytes, stable
@@ -47,18 +48,7 @@ def test_resumes_in_mid_iteration_to_the_same_bytes(
     )  # fmt: skip
     ppo.run(cfg)
     cut = dataclasses.replace(cfg, out=str(tmp_path / "cut"))
-    real, calls = ppo.update, []
-
-    def update(*args):
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            ppo.run(cut)
+    stop_at(5, ppo, "update", lambda: ppo.run(cut), monkeypatch)
     ppo.run(cut)
     assert "resumed from step 5" in (tmp_path / "cut" / "log.txt").read_text()
     assert model_bytes(tmp_path / "cut") == model_bytes(tmp_path / "whole")

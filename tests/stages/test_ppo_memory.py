@@ -17,6 +17,7 @@ from hpsafety.model.reward_io import save_reward_model
 from hpsafety.model.safetensors_io import read_tensors
 from hpsafety.stages import ppo
 from hpsafety.train.rundir import sha256
+from tests.stages.interrupt import stop_at
 from tests.stages.test_ppo import config, prompts
 from tests.stages.test_ppo_processes import finish, start
 from tests.stages.test_sft import metrics, model_bytes, stable
@@ -84,18 +85,7 @@ def test_mapped_models_give_the_same_bytes(precision, model_dir, two_trunks, pro
 def test_a_resumed_run_takes_its_files_over(model_dir, judges, prompts, tmp_path, monkeypatch):
     """Whole files are used as they are; a damaged one is written anew."""
     cfg = config(model_dir, judges, prompts, tmp_path / "run", frozen="mapped", checkpoint_every=1)
-    real, calls = ppo.update, []
-
-    def update(*args):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            ppo.run(cfg)
+    stop_at(3, ppo, "update", lambda: ppo.run(cfg), monkeypatch)
     whole, damaged = (
         tmp_path / "run" / "checkpoints" / f"frozen-{name}.safetensors" for name in ("reference", "safety_rm")
     )
@@ -187,18 +177,7 @@ def test_adapters_resume_to_the_bit_from_small_checkpoints(
     )  # fmt: skip
     ppo.run(cfg)
     cut = dataclasses.replace(cfg, out=str(tmp_path / "cut"))
-    real, calls = ppo.update, []
-
-    def update(*args):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            ppo.run(cut)
+    stop_at(3, ppo, "update", lambda: ppo.run(cut), monkeypatch)
     folder = tmp_path / "cut" / "checkpoints"
     for part in (folder / "step-3" / "weights", folder / "best"):
         names = [name for name, _ in read_tensors(sorted(part.glob("*.safetensors")))]
