@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -114,6 +114,9 @@ if __name__ == "__main__":  # the mutation tests import the flags
     if build and not os.environ.get("CXX"):
         os.environ["CXX"] = compiler()
     setup(
+        # The folder stands beside csrc; its own name belongs to another package.
+        packages=[*find_packages(include=["hpsafety", "hpsafety.*"]), "hpsafety.triton_kernels"],
+        package_dir={"hpsafety.triton_kernels": "triton_kernels"},
         ext_modules=extensions() if build else [],
         cmdclass={"build_ext": build_command() if build else build_ext},
     )

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton decides when a kernel is defined: the interpreter, or a GPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 if "OMP_NUM_THREADS" not in os.environ:  # what make sets stands
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

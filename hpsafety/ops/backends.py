@@ -5,6 +5,7 @@ Nothing is probed at import. A forced backend that is missing raises BackendUnav
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import itertools
 import logging
@@ -88,6 +89,55 @@ def cpu():
     return torch.ops.hpsafety_cpu
 
 
+TRITON_TESTED = ("3.9",)  # versions of which the kernels have been compiled and interpreted by the tests
+MIN_CAPABILITY = (8, 0)
+
+
+def triton(op: str):
+    """The Triton kernels of one op: the module hpsafety.triton_kernels.<op>, imported at the first call."""
+    return importlib.import_module(f"hpsafety.triton_kernels.{op}")
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why no Triton kernel can run in this installation; None when some can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'hpsafety[triton]', or the triton that your CUDA torch asks for"
+    version = importlib.metadata.version("triton")
+    if version.rpartition(".")[0] not in TRITON_TESTED and os.environ.get("HPSAFETY_TRITON_UNTESTED") != "1":
+        return (
+            f"triton {version} is not among the tested versions ({', '.join(TRITON_TESTED)}); "
+            "HPSAFETY_TRITON_UNTESTED=1 takes it all the same"
+        )
+    if importlib.util.find_spec("hpsafety.triton_kernels") is None:
+        return "hpsafety.triton_kernels is not installed: run make, or pip install hpsafety again"
+    return None
+
+
+@functools.cache
+def _gpu_refuses(op: str) -> str | None:
+    """Why the GPU of this process cannot run the op's Triton kernels; None when it can, or when there is no GPU."""
+    if not torch.cuda.is_available():
+        return None  # tracing with fake tensors
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if (gpu.major, gpu.minor) < MIN_CAPABILITY:
+        wanted = ".".join(map(str, MIN_CAPABILITY))
+        return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}; the Triton kernels need {wanted}"
+    needed = triton(op.rstrip("_")).SHARED_BYTES[gpu.major >= 9]
+    if needed > gpu.shared_memory_per_block_optin:
+        return f"{gpu.name} has {gpu.shared_memory_per_block_optin} bytes of shared memory a block, it needs {needed}"
+    return None
+
+
+def triton_unavailable(op: str, device: str) -> str | None:
+    """Why the Triton kernels cannot serve the op on a device ("cpu", "cuda", ...); None when they can."""
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the triton backend needs CUDA tensors, got device cpu; TRITON_INTERPRET=1 interprets it (slow)"
+    if device not in ("cpu", "cuda"):
+        return f"the triton backend needs CUDA tensors, got device {device}"
+    return _triton_missing() or (_gpu_refuses(op) if device == "cuda" else None)
+
+
 @functools.cache
 def _say_once(line: str) -> None:
     log.info(line)
@@ -107,6 +157,9 @@ def unavailable(
         if device != "cpu":
             return f"{op}: the cpu backend needs CPU tensors, got device {device}; move them with .cpu()"
         return None if cpu_status()[0] else f"{op}: {cpu_status()[1]}"
+    if impl == "triton":
+        reason = triton_unavailable(op, device)
+        return reason and f"{op}: {reason}"
     if (op, impl) in OPTIONAL:
         reason = importlib.import_module(f"hpsafety.ops.{OPTIONAL[op, impl]}").unavailable(op, device, dtype)
         return reason and f"{op}: {reason}"
@@ -131,8 +184,11 @@ def resolve(
             raise ValueError(reason) if impl not in IMPLS else BackendUnavailable(reason)
         return impl
     for name in backends:
-        if unavailable(op, name, backends, device, dtype) is None:
+        reason = unavailable(op, name, backends, device, dtype)
+        if reason is None:
             return name
+        if device == "cuda" and name != "cpu":
+            _say_once(reason)
     _say_once(f"{op}: served by the reference on {device} (slow)")
     return "reference"
 

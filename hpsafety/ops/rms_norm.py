@@ -6,7 +6,7 @@ from hpsafety import reference
 from hpsafety.ops import apex_backend, backends
 from hpsafety.ops.registration import Op, check
 
-BACKENDS = ("cpu", "apex")
+BACKENDS = ("cpu", "triton", "apex")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -22,7 +22,11 @@ def _fake_backward(grad_y, grad_sum, x, weight, rstd):
 backward_op = Op(
     "rms_norm_backward",
     "(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().rms_norm_backward(*args), "apex": apex_backend.rms_norm_backward},
+    {
+        "cpu": lambda *args: backends.cpu().rms_norm_backward(*args),
+        "triton": lambda *args: backends.triton("rms_norm").rms_norm_backward(*args),
+        "apex": apex_backend.rms_norm_backward,
+    },
     _fake_backward,
 )
 
@@ -48,7 +52,11 @@ def _backward(ctx, grad_y, grad_sum, _):
 forward_op = Op(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().rms_norm(*args), "apex": apex_backend.rms_norm},
+    {
+        "cpu": lambda *args: backends.cpu().rms_norm(*args),
+        "triton": lambda *args: backends.triton("rms_norm").rms_norm(*args),
+        "apex": apex_backend.rms_norm,
+    },
     _fake,
     _setup_context,
     _backward,

@@ -65,14 +65,18 @@ def check_error(name: str, ours, exact, plain, factor: float = 2.0) -> None:
 
 
 def check_against_oracle(
-    op_name: str, op, args: dict, factor: float = 2.0, impl: str = "cpu", **kwargs
+    op_name: str, op, args: dict, factor: float = 2.0, impl: str = "cpu", device: str = "cpu", **kwargs
 ) -> dict:
-    """Runs the op's backend, the oracle in fp64 and the oracle in the op's dtype; judges every output and gradient."""
+    """Runs the op's backend, the oracle in fp64 and the oracle in the op's dtype; judges every output and gradient.
+
+    device  where the backend runs; the oracles run on the CPU
+    """
     oracle = getattr(reference, op_name)
     exact = run_with_grads(oracle, to_fp64(args), **kwargs)
     plain = run_with_grads(oracle, args, **kwargs)
     before = reference.calls[op_name]
-    ours = run_with_grads(op, args, impl=impl, **kwargs)
+    there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+    ours = {k: v.cpu() for k, v in run_with_grads(op, there, impl=impl, **kwargs).items()}
     assert reference.calls[op_name] == before, f"the {impl} backend of {op_name} called the reference"
     assert ours.keys() == exact.keys(), f"{op_name}: got {sorted(ours)}, oracle has {sorted(exact)}"
     for name in exact:
