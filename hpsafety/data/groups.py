@@ -38,6 +38,7 @@ class Batch:
     predict_rows: torch.Tensor  # (N,) int64: the row of `hidden` that predicts response token n
     targets: torch.Tensor  # (N,) int64: that token
     train_mask: torch.Tensor  # (N,) bool: is it trained on
+    trained: torch.Tensor  # (num_trained,) int64: the places of train_mask's ones, so that no device is asked
     cu_responses: torch.Tensor  # (R+1,) int32: offsets of the responses in N; order: group, response, token
     last_rows: torch.Tensor  # (R,) int64: the row of each response's last token
     group_of: torch.Tensor  # (R,) int32: the group of each response
@@ -51,8 +52,10 @@ class Batch:
         return self.tokens.numel()
 
     def to(self, device) -> "Batch":
-        """The same batch with its tensors on `device` (copies only where they are elsewhere)."""
+        """The same batch with its tensors on `device` (copies only where they are elsewhere); nobody waits for a GPU."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
+        if torch.device(device).type == "cuda" and torch.cuda.is_available():
+            tensors = {name: t.pin_memory() if t.device.type == "cpu" else t for name, t in tensors.items()}
         return replace(
             self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         )
@@ -102,6 +105,7 @@ def pack(groups: Sequence[PromptGroup], join_single: bool = True) -> Batch:
         predict_rows=_tensor(predict_rows, np.int64),
         targets=_tensor(tokens[rows], np.int64),
         train_mask=torch.from_numpy(train_mask),
+        trained=torch.from_numpy(np.flatnonzero(train_mask)),
         cu_responses=_tensor(cu_responses, np.int32),
         last_rows=_tensor(ends[response] - 1, np.int64),
         group_of=_tensor(np.repeat(np.arange(len(groups)), num_responses), np.int32),

@@ -148,15 +148,15 @@ class Llama(Trunk):
 
         num_tokens  the loss denominator: trained tokens over all micro-batches and ranks of the step (SFT's formula)
         """
-        rows = self(batch, batch.predict_rows[batch.train_mask])
+        rows = self(batch, batch.predict_rows[batch.trained])
         weights = torch.full((rows.shape[0],), 1.0 / num_tokens, device=rows.device)
-        return ops.linear_cross_entropy(rows, self.head_weight, batch.targets[batch.train_mask], weights)[0]
+        return ops.linear_cross_entropy(rows, self.head_weight, batch.targets[batch.trained], weights)[0]
 
     def trained_rows(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden (n, D) that predicts the trained tokens, head weight (V, D)): all that distillation asks of a
         teacher; other rows end at the last block's attention. The head of a sharded model stays gathered after its
         forward (FSDP2 does not reshard the root), which is why this is no entry point of its own."""
-        return self(batch, batch.predict_rows[batch.train_mask]), self.head_weight
+        return self(batch, batch.predict_rows[batch.trained]), self.head_weight
 
     def divergence(self, batch, teacher_hidden, teacher_weight, kind: str, num_tokens) -> torch.Tensor:
         """Sum over the trained tokens of the divergence between the teacher's next-token distribution and this

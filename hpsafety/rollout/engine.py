@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hpsafety.errors import InputError, RunError
-from hpsafety.rollout import passes
+from hpsafety.rollout import graphs, passes
 from hpsafety.rollout.kv_cache import make_cache, page_bytes
 from hpsafety.rollout.sampler import Rollout, Settings, row_seed
 
@@ -71,14 +71,21 @@ class _Sequence:
 class Engine:
     """Samples from `model`, whose weights are read in place at every step.
 
+    capture  how decode steps become graphs (graphs.py): capture_cuda on a GPU; the tests give their own
     prefilled_tokens, decoded_tokens  what was computed so far
     Raises InputError when the memory holds not one page.
     """
 
-    def __init__(self, model, settings: Settings):
+    def __init__(self, model, settings: Settings, capture=None):
         self.model, self.settings = model, settings
-        self.cache = make_cache(model, settings)
+        if model.embed.device.type == "cuda":
+            capture = graphs.capture_cuda
+        self.cache = make_cache(model, settings, spare=capture is not None)
         self.own_pages = self.cache.pages_for(settings.max_new_tokens - 1)  # the last token is never fed
+        self.graphs = None  # on a CPU a step's kernels are called one by one
+        if capture is not None:
+            sequential, last = settings.batch_invariant, self.cache.num_pages
+            self.graphs = graphs.DecodeGraphs(model, self.cache, self.own_pages, sequential, last, capture)
         self.prefilled_tokens = self.decoded_tokens = 0
         self._waiting: deque[Request] = deque()
         self._source: Iterator[Request] = iter(())  # of more requests, pulled when none waits
@@ -158,8 +165,7 @@ class Engine:
         hidden = []
         entered = self._admit()
         if self._running:
-            sequential = self.settings.batch_invariant
-            hidden.append(passes.decode(self.model, self._tokens, self._tables, self.cache, sequential))
+            hidden.append(self._decode())
             self.decoded_tokens += len(self._running)
         if entered:
             hidden.append(torch.stack([s.prompt.hidden for s in entered]))
@@ -182,6 +188,12 @@ class Engine:
         if any(s.finish for s in stepped):
             self._leave()
         return stepped
+
+    def _decode(self) -> torch.Tensor:
+        if self.graphs is not None:
+            return self.graphs.decode(self._tokens, self._tables)
+        sequential = self.settings.batch_invariant
+        return passes.decode(self.model, self._tokens, self._tables, self.cache, sequential)
 
     def _admit(self) -> list[_Sequence]:
         """Lets samples in while rows and pages last; their prompts are computed here, as one packed row."""

@@ -18,10 +18,13 @@ DEFAULT_SHARE = 4  # of the memory that is free, one part in so many
 
 
 class PageCache:
-    """k, v  (L, pages, page_size, G, K) each. Memory that no page has used yet is not touched."""
+    """k, v  (L, pages, page_size, G, K) each. Memory that no page has used yet is not touched.
 
-    def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device):
-        shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
+    spare  one page more, the last, which is nobody's: rows that stand for no sequence write there (rollout/graphs.py)
+    """
+
+    def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device, spare: bool = False):
+        shape = (config.num_layers, num_pages + spare, page_size, config.num_kv_heads, config.head_dim)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.num_pages, self.page_size = num_pages, page_size
         self._free = list(range(num_pages - 1, -1, -1))  # the page freed last is taken first: it is warm
@@ -99,19 +102,20 @@ def _container() -> list[int]:
         return []
 
 
-def make_cache(model, settings) -> PageCache:
+def make_cache(model, settings, spare: bool = False) -> PageCache:
     """The pages that settings.kv_memory pays for, and no more than max_batch sequences of the whole context can use.
 
+    spare  as of PageCache; paid for too
     Raises InputError when not a single page fits.
     """
     config, dtype, device = model.config, model.embed.dtype, model.embed.device
     each = page_bytes(config, settings.page_size, dtype)
     budget = free_memory(device) // DEFAULT_SHARE if settings.kv_memory is None else settings.kv_memory
     most = (settings.max_batch + 1) * (math.ceil(config.max_positions / settings.page_size) + 1)
-    count = min(budget // each, most)
+    count = min(budget // each - spare, most)
     if count < 1:
         raise InputError(
             f"--kv-memory of {budget:,} bytes holds not one page of {settings.page_size} tokens ({each:,} bytes); "
             "raise it"
         )
-    return PageCache(config, count, settings.page_size, dtype, device)
+    return PageCache(config, count, settings.page_size, dtype, device, spare)

@@ -1,4 +1,4 @@
-"""Builds the library of one mutant: the op's sources with setup.py's own flags for the running CPU.
+"""Builds one mutant: a copy of triton_kernels, or the library of an op's C++ sources with setup.py's own flags.
 
 Objects are kept under a hash of everything that goes into them, so that only what a mutation touches is compiled, and
 nothing is on a second run. A mutated header compiles every source of the op that includes it.
@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sysconfig
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.mutations.mutants import ROOT, Mutant, texts_of
+from tests.mutations.mutants import ROOT, TRITON, Mutant, texts_of
 
 BUILD = ROOT / "build" / "mutations"
 _SYSTEM_INCLUDE = re.compile(r"^#include <.*>", re.MULTILINE)
@@ -30,6 +31,17 @@ def _setup():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def triton_copy(mutant: Mutant) -> Path:
+    """A folder with all files of triton_kernels, the mutant's changed; ValueError when it is stale."""
+    changed = mutant.apply()
+    path = BUILD / "triton" / mutant.id.replace("/", ".").replace(" ", ".")
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(TRITON, path, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in changed.items():
+        (path / name).write_text(text, encoding="utf-8")
+    return path
 
 
 class Builder:

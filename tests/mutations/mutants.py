@@ -1,7 +1,8 @@
-"""The list of mutants: one TOML file per op beside this module, each mutant one small bug in csrc/cpu.
+"""The list of mutants, each one small bug: one TOML file per op beside this module for csrc/cpu, and per file of
+triton_kernels in triton/.
 
 op = "rope"
-sources = ["rope.cpp"]               # of csrc/cpu: enough kernels to run the tests below
+sources = ["rope.cpp"]               # of csrc/cpu: enough kernels to run the tests below; of triton_kernels: those mutated
 tests = ["tests/ops/test_rope.py"]   # must fail on every mutant, and pass without one
 
 [[mutants]]
@@ -19,12 +20,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = ROOT / "csrc" / "cpu"
+TRITON = ROOT / "triton_kernels"
 FOLDER = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
 def texts_of(*sources: str) -> dict[str, str]:
-    """Sources of csrc/cpu and all headers of the project that they include: name -> text."""
+    """Sources of csrc/cpu and all headers of the project that they include, or of triton_kernels: name -> text."""
+    if sources and sources[0].endswith(".py"):
+        return {name: (TRITON / name).read_text(encoding="utf-8") for name in sources}
     texts, waiting = {}, list(sources)
     while waiting:
         name = waiting.pop()
@@ -44,6 +48,10 @@ class Mutant:
     find: str
     replace: str
     equivalent: str = ""
+
+    @property
+    def is_triton(self) -> bool:
+        return self.sources[0].endswith(".py")
 
     @property
     def id(self) -> str:
@@ -73,7 +81,7 @@ def control(mutant: Mutant) -> Mutant:
 def load(folder: Path = FOLDER) -> list[Mutant]:
     """All mutants, op by op; ValueError for a file that is not in the form above."""
     mutants = []
-    for path in sorted(folder.glob("*.toml")):
+    for path in [*sorted(folder.glob("*.toml")), *sorted(folder.glob("triton/*.toml"))]:
         suite = tomllib.loads(path.read_text(encoding="utf-8"))
         try:
             shared = {"op": suite["op"], "sources": tuple(suite["sources"]), "tests": tuple(suite["tests"])}

@@ -1,8 +1,11 @@
-"""pytest plugin of the mutation run: the kernels come from the library HPSAFETY_MUTANT names, and what happened goes
-to the file HPSAFETY_MUTANT_REPORT names, step by step, so that a crash too leaves the name of its test."""
+"""pytest plugin of the mutation run: the kernels come from the library, or the folder of Triton files, that
+HPSAFETY_MUTANT names, and what happened goes to the file HPSAFETY_MUTANT_REPORT names, step by step, so that a crash too
+leaves the name of its test."""
 
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,14 @@ def _note(**what) -> None:
 
 
 def pytest_configure(config) -> None:
-    backends._library_path = lambda: LIBRARY
+    if not LIBRARY.is_dir():
+        backends._library_path = lambda: LIBRARY
+        return
+    spec = importlib.util.spec_from_file_location(
+        "hpsafety.triton_kernels", LIBRARY / "__init__.py", submodule_search_locations=[str(LIBRARY)]
+    )
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
 
 
 def pytest_runtest_logstart(nodeid) -> None:
@@ -33,4 +43,9 @@ def pytest_exception_interact(node, call) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    _note(library=backends.cpu_status()[1])  # proves which kernels were tested
+    """Notes which kernels were tested: the library that was loaded, or the folder the Triton modules came from."""
+    if not LIBRARY.is_dir():
+        _note(library=backends.cpu_status()[1])
+        return
+    launch = sys.modules.get("hpsafety.triton_kernels.launch")
+    _note(library=Path(launch.__file__).parent.name if launch else "nowhere")

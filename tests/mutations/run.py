@@ -1,8 +1,8 @@
-"""Plants one bug at a time in the C++ kernels and demands that the op's tests notice: make test-mutations.
+"""Plants one bug at a time in the kernels and demands that the op's tests notice: make test-mutations.
 
-Every mutant (the TOML files beside this module) becomes a library of its own; its op's test file runs on it and must
-fail. A control run of each op, built the same way from the unchanged sources, must pass, or a failure would prove
-nothing. A mutant that no test kills, and one whose text the sources no longer hold, is an error.
+Every mutant (the TOML files beside this module) becomes a library, or a copy of triton_kernels, of its own; its op's test
+file runs on it and must fail. A control run of each op, built the same way from the unchanged sources, must pass, or a
+failure would prove nothing. A mutant that no test kills, and one whose text the sources no longer hold, is an error.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.mutations.build import Builder, DoesNotCompile
+from tests.mutations.build import Builder, DoesNotCompile, triton_copy
 from tests.mutations.mutants import FOLDER, ROOT, Mutant, control, load
 
 RESULTS = ROOT / "build" / "mutations.json"
@@ -25,7 +25,7 @@ GOOD = {"killed", "crashed", "hung", "equivalent", "passed"}
 
 def run_tests(mutant: Mutant, library: Path) -> dict:
     """{"status", "test", "by"} of the op's tests on one library."""
-    report = library.with_suffix(".json")
+    report = library.with_name(library.name + ".json")
     report.unlink(missing_ok=True)
     extra = {"HPSAFETY_MUTANT": str(library), "HPSAFETY_MUTANT_REPORT": str(report)}
     plugin = ["-p", "tests.mutations.plugin", "-p", "no:cacheprovider"]
@@ -64,13 +64,13 @@ def judge(code: int | None, seen: dict, library: Path, output: str) -> dict:
     return {"status": "error", "test": test, "by": f"pytest exit {code}: {output[-400:]}"}
 
 
-def run_one(builder: Builder, mutant: Mutant) -> dict:
+def run_one(builder: Builder | None, mutant: Mutant) -> dict:
     started = time.monotonic()
     row = {"op": mutant.op, "name": mutant.name, "kind": mutant.kind}
     row |= {"status": "equivalent", "test": "", "by": mutant.equivalent}
     if not mutant.equivalent:
         try:
-            row |= run_tests(mutant, builder.library(mutant))
+            row |= run_tests(mutant, triton_copy(mutant) if mutant.is_triton else builder.library(mutant))
         except ValueError as error:
             row |= {"status": "stale", "by": str(error)}
         except DoesNotCompile as error:
@@ -82,7 +82,7 @@ def run_one(builder: Builder, mutant: Mutant) -> dict:
 
 def run_all(mutants: list[Mutant], jobs: int) -> list[dict]:
     """Controls first; `jobs` mutants at a time, so that one compiles while another is tested."""
-    builder = Builder()
+    builder = Builder() if any(not m.is_triton for m in mutants) else None
     controls = {m.op: control(m) for m in mutants if not m.equivalent}
     rows = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -117,7 +117,7 @@ def keep(rows: list[dict]) -> list[dict]:
 
 HEAD = """# Mutants
 
-Written by `make test-mutations ARGS=--write`; do not edit. One planted bug a line, in the C++ sources as they ship,
+Written by `make test-mutations ARGS=--write`; do not edit. One planted bug a line, in the kernels' sources as they ship,
 and the first test that fails on it. `crashed` and `hung` count as killed. How to add one: `mutants.py`.
 
 | op | mutant | class | outcome |

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-from tests.mutations.mutants import FOLDER, KERNELS, ROOT, control, load
+from tests.mutations.mutants import FOLDER, KERNELS, ROOT, TRITON, control, load
 from tests.mutations.run import GOOD, choose, judge, write_table
 
 MUTANTS = load()
@@ -15,12 +15,13 @@ MUTANTS = load()
 def test_a_mutant_fits_the_sources(mutant):
     """Its text occurs exactly once and changes; a source that has moved on makes it stale."""
     ((name, text),) = mutant.apply().items()
-    assert text != (KERNELS / name).read_text(encoding="utf-8")
+    assert text != ((TRITON if mutant.is_triton else KERNELS) / name).read_text(encoding="utf-8")
     assert all((ROOT / name).exists() for name in mutant.tests)
 
 
 def test_every_op_has_three_mutants():
-    by_source = {name: 0 for name in (p.name for p in KERNELS.glob("*.cpp"))}
+    tools = {"__init__.py", "launch.py", "interpreter.py"}
+    by_source = {p.name: 0 for p in [*KERNELS.glob("*.cpp"), *TRITON.glob("*.py")] if p.name not in tools}
     for mutant in MUTANTS:
         if not mutant.equivalent:
             for name in mutant.sources:
