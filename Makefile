@@ -3,7 +3,10 @@
 #   make demo    train the built-in model on a CPU and compare it before and after
 #   make test    the fast tests          make lint    ruff
 #   make bench   hpsafety against its peers, in .venv-bench; BENCH=score, reward, generate, ppo or distill, not sft
-#   make test-mutations   plants bugs in the C++ kernels; the tests must notice each
+#   make test-mutations   plants bugs in the C++ and Triton kernels; the tests must notice each
+#   make test-kernels     Triton kernels on drawn shapes, many of them
+#   make test-ladder      the GPU kernels without a GPU, on small shapes: interpreter, memory, machine code, a fifth of the
+#                         mutants (FIFTH=0 to 4)
 #   make clean   removes what was built  make distclean   removes the environments too
 #
 # PYTHON=python3.12 make demo     uses that Python
@@ -18,12 +21,14 @@ SET_UP := $(PY) make/environment.py
 SOURCES := setup.py $(shell find csrc -type f -name '*.[ch]*' 2>/dev/null)
 RUN_BENCH := $(PY) -m bench.end_to_end.$(BENCH)
 
-.PHONY: demo test test-mutations lint bench clean distclean help
+FIFTH ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
+
+.PHONY: demo test test-mutations test-kernels test-ladder lint bench clean distclean help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@sed -n '3,10s/^# *//p' Makefile
+	@sed -n '3,13s/^# *//p' Makefile
 
 demo: $(VENV)/.built $(VENV)/.demo
 	@$(PY) -m hpsafety demo $(ARGS)
@@ -33,6 +38,15 @@ test: $(VENV)/.built $(VENV)/.demo $(VENV)/.test
 
 test-mutations: $(VENV)/.built $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m tests.mutations.run $(ARGS)
+
+test-kernels: $(VENV)/.built $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 -m "sweep or not slow" tests/triton $(ARGS)
+
+# make test has interpreted and audited the kernels already; here is what it leaves out.
+test-ladder: $(VENV)/.built $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/triton $(ARGS)
+	@$(PY) -m bench.static --check
+	@OMP_NUM_THREADS=1 $(PY) -m tests.mutations.run --only triton --fifth $(FIFTH)
 
 lint: $(VENV)/.lint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -52,7 +52,7 @@ class Batch:
         return self.tokens.numel()
 
     def to(self, device) -> "Batch":
-        """The same batch with its tensors on `device` (copies only where they are elsewhere); nobody waits for a GPU."""
+        """The same batch with its tensors on `device`: copies only where they are elsewhere, and waits for no GPU."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
         if torch.device(device).type == "cuda" and torch.cuda.is_available():
             tensors = {name: t.pin_memory() if t.device.type == "cpu" else t for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""Decoding as a CUDA graph: a step is some hundreds of small kernels, and launching them one by one costs more than they do.
+"""Decoding as a CUDA graph: a step is hundreds of small kernels, and launching them one by one costs more than they do.
 
 A graph has fixed shapes and addresses. So a step's inputs are copied into buffers of a *bucket*, the next size up, and
 the rows that are left over are sequences of no prompt whose single token goes to a page that nobody else holds. No
@@ -16,7 +16,8 @@ from hpsafety.rollout import passes
 from hpsafety.rollout.kv_cache import PageCache
 from hpsafety.rollout.passes import Tables
 
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # sequences; a larger batch is not captured
+# Sequences; a larger batch is not captured.
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 def capture_cuda(step: Callable[[], torch.Tensor], pool) -> tuple[Callable[[], None], torch.Tensor]:
@@ -113,7 +114,9 @@ class DecodeGraphs:
         if captured.replay is None:
 
             def step():
-                return passes.decode(self.model, captured.tokens, captured.tables, self.cache, self.sequential)
+                return passes.decode(
+                    self.model, captured.tokens, captured.tables, self.cache, self.sequential
+                )
 
             captured.replay, captured.hidden = self.capture(step, self.pool)
         captured.replay()

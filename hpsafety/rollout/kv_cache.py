@@ -23,7 +23,9 @@ class PageCache:
     spare  one page more, the last, which is nobody's: rows that stand for no sequence write there (rollout/graphs.py)
     """
 
-    def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device, spare: bool = False):
+    def __init__(
+        self, config, num_pages: int, page_size: int, dtype: torch.dtype, device, spare: bool = False
+    ):
         shape = (config.num_layers, num_pages + spare, page_size, config.num_kv_heads, config.head_dim)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.num_pages, self.page_size = num_pages, page_size

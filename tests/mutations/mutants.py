@@ -2,7 +2,7 @@
 triton_kernels in triton/.
 
 op = "rope"
-sources = ["rope.cpp"]               # of csrc/cpu: enough kernels to run the tests below; of triton_kernels: those mutated
+sources = ["rope.cpp"]               # csrc/cpu: enough kernels to run the tests below; triton_kernels: those mutated
 tests = ["tests/ops/test_rope.py"]   # must fail on every mutant, and pass without one
 
 [[mutants]]

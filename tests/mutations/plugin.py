@@ -1,6 +1,6 @@
 """pytest plugin of the mutation run: the kernels come from the library, or the folder of Triton files, that
-HPSAFETY_MUTANT names, and what happened goes to the file HPSAFETY_MUTANT_REPORT names, step by step, so that a crash too
-leaves the name of its test."""
+HPSAFETY_MUTANT names, and what happened goes to the file HPSAFETY_MUTANT_REPORT names, step by step, so that a crash
+too leaves the name of its test."""
 
 import importlib.util
 import json

@@ -1,8 +1,8 @@
 """Plants one bug at a time in the kernels and demands that the op's tests notice: make test-mutations.
 
-Every mutant (the TOML files beside this module) becomes a library, or a copy of triton_kernels, of its own; its op's test
-file runs on it and must fail. A control run of each op, built the same way from the unchanged sources, must pass, or a
-failure would prove nothing. A mutant that no test kills, and one whose text the sources no longer hold, is an error.
+Every mutant (the TOML files beside this module) becomes a library, or a copy of triton_kernels, of its own; its op's
+test file runs on it and must fail. A control run of each op, built the same way from the unchanged sources, must pass,
+or a failure would prove nothing. A mutant that no test kills, and one whose text the sources no longer hold, is an error.
 """
 
 import argparse
@@ -117,8 +117,8 @@ def keep(rows: list[dict]) -> list[dict]:
 
 HEAD = """# Mutants
 
-Written by `make test-mutations ARGS=--write`; do not edit. One planted bug a line, in the kernels' sources as they ship,
-and the first test that fails on it. `crashed` and `hung` count as killed. How to add one: `mutants.py`.
+Written by `make test-mutations ARGS=--write`; do not edit. One planted bug a line, in the kernels' sources as they
+ship, and the first test that fails on it. `crashed` and `hung` count as killed. How to add one: `mutants.py`.
 
 | op | mutant | class | outcome |
 | --- | --- | --- | --- |

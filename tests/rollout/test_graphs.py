@@ -77,7 +77,9 @@ def test_a_weight_that_changes_is_seen():
     assert captured == 1
 
 
-@pytest.mark.parametrize("sequences, bucket", [(1, 1), (2, 2), (3, 4), (5, 8), (65, 96), (512, 512), (513, None)])
+@pytest.mark.parametrize(
+    "sequences, bucket", [(1, 1), (2, 2), (3, 4), (5, 8), (65, 96), (512, 512), (513, None)]
+)
 def test_buckets(sequences, bucket):
     assert graphs.bucket_of(sequences) == bucket
 
