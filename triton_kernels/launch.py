@@ -53,7 +53,7 @@ class Recording:
 
 @contextlib.contextmanager
 def record(capability: tuple[int, int] | None = None):
-    """Collects all launches within. Fake tensors' kernels are not run; `capability` is the chip they are meant for."""
+    """Collects the launches within. Fake and meta tensors' kernels are not run; `capability`: the chip they are for."""
     recording = Recording([], capability)
     _recordings.append(recording)
     try:
@@ -72,12 +72,15 @@ def capability(device: torch.device) -> tuple[int, int]:
     return DEFAULT_CAPABILITY
 
 
+def _without_values(x: torch.Tensor) -> bool:
+    return isinstance(x, FakeTensor) or x.device.type == "meta"
+
+
 def _describe(value):
     if not isinstance(value, torch.Tensor):
         return value
-    fake = isinstance(value, FakeTensor)
     offset = value.storage_offset() * value.element_size()
-    aligned = offset % 16 == 0 if fake else value.data_ptr() % 16 == 0
+    aligned = offset % 16 == 0 if _without_values(value) else value.data_ptr() % 16 == 0
     return Tensor(value.dtype, tuple(value.shape), tuple(value.stride()), aligned)
 
 
@@ -99,7 +102,7 @@ def launch(kernel, programs: int, *arguments, num_warps=4, num_stages=1, fp_fusi
         one = Launch(kernel, programs, named, dict(constants), num_warps, num_stages, fp_fusion)
         for recording in _recordings:
             recording.launches.append(one)
-    if isinstance(tensors[0], FakeTensor):
+    if _without_values(tensors[0]):
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     device = tensors[0].device

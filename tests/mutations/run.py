@@ -2,7 +2,8 @@
 
 Every mutant (the TOML files beside this module) becomes a library, or a copy of triton_kernels, of its own; its op's
 test file runs on it and must fail. A control run of each op, built the same way from the unchanged sources, must pass,
-or a failure would prove nothing. A mutant that no test kills, and one whose text the sources no longer hold, is an error.
+or a failure would prove nothing. A mutant that no test kills, and one whose text the sources no longer hold, is an
+error.
 """
 
 import argparse
