@@ -121,7 +121,7 @@ def predict(rows: list[dict], chip: Chip, sizes: list[str] | None = None) -> lis
         head = {"op": op, "function": function, "call": call, "shapes": size}
         parts = []
         for index, (row, programs, moved, times) in enumerate(launches):
-            flops = needed.flops * shares.get(index, 0.0) if needed else 0.0  # of one of the `times`
+            flops = needed.flops * shares.get(index, 0.0) if needed else 0.0
             one = launch_time(row, chip, programs, moved * scale, flops)
             seconds = one["seconds"] * times
             parts.append(head | {"kernel": row["kernel"], "config": row["config"], "times": times, "bound": one["bound"]}

@@ -1,0 +1,81 @@
+"""`hpsafety plan --kernels`: each GPU kernel's time on paper, from what the compiler made of it (bench/static/predict.py)."""
+
+import json
+import sys
+from pathlib import Path
+
+from hpsafety.bench_command import load
+from hpsafety.errors import InputError
+from hpsafety.files import atomic_write
+
+PLAIN = ("op", "function", "call", "kernel", "times", "config", "size", "chip", "us", "limit", "pct_of_peak", "peak")
+
+
+def run(cfg) -> None:
+    """cfg: a PlanConfig."""
+    if not cfg.kernels:
+        raise InputError("only --kernels so far; memory, time and cost of a stage on a cluster are not planned yet")
+    if cfg.json is not None and not Path(cfg.json).resolve().parent.is_dir():
+        raise InputError(f"--json {cfg.json}: {Path(cfg.json).resolve().parent} is no directory")
+    predict, record = load("predict", "static"), load("record", "static")
+    rows = record.read()
+    known = sorted({row["op"] for row in rows})
+    for op in cfg.op:
+        if op not in known:
+            raise InputError(f"--op {op}: no compiled kernels of it on record; ops: {', '.join(known)}")
+    chips = [chip.name for chip in predict.CHIPS]
+    found = [{"chip": chip.name, **one} for chip in predict.CHIPS for one in predict.predict(rows, chip)]
+    shown = [one for one in found if one["shapes"] in cfg.size and (not cfg.op or one["op"] in cfg.op)]
+    if sys.stdout.isatty():
+        show(shown, chips, predict.assumptions())
+    else:
+        print("\n".join("\t".join(cells) for cells in [PLAIN, *map(plain, shown)]))
+        print("\n".join(f"model: {text}" for text in predict.assumptions()), file=sys.stderr)
+    if cfg.json is not None:
+        with atomic_write(cfg.json) as handle:
+            json.dump({"model": predict.assumptions(), "predictions": found}, handle, indent=1)
+
+
+def plain(one: dict) -> tuple[str, ...]:
+    return (
+        one["op"], one["function"], str(one["call"]), one["kernel"] or "all", str(one["times"]), one["config"], one["shapes"],
+        one["chip"], f"{one['seconds'] * 1e6:.1f}", one["bound"], f"{one['share'] * 100:.1f}", one["peak"],
+    )  # fmt: skip
+
+
+def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
+    """A line per call, its kernels below it, the chips side by side."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    cells: dict[tuple, dict] = {}
+    for one in sorted(found, key=lambda one: one["kernel"] is not None):  # a call before its kernels
+        row = cells.setdefault((one["op"], one["function"], one["call"], one["shapes"], one["kernel"] or ""), {})
+        seconds, share, bounds = row.get(one["chip"], (0.0, 0.0, one["bound"]))
+        # launches of one kernel in several configurations are one line: shares weigh by their time
+        total = seconds + one["seconds"]
+        share = (share * seconds + one["share"] * one["seconds"]) / total if total else 0.0
+        row[one["chip"]] = (total, share, bounds)
+        row["peak"] = one["peak"]
+    sizes = dict.fromkeys(one["shapes"] for one in found)
+    table = Table(
+        "call, kernels", title=f"Llama {', '.join(sizes)}: a model, not a measurement", box=box.SIMPLE, pad_edge=False,
+        caption="\n".join([*assumptions, "% of the peak bandwidth, or with F of bf16 operations"]), title_justify="left",
+        caption_justify="left",
+    )  # fmt: skip
+    for chip in chips:
+        table.add_column(chip.split()[0] + " us", justify="right", no_wrap=True)
+        table.add_column("%", justify="right", no_wrap=True)
+        table.add_column("limit", no_wrap=True)
+    order = list(dict.fromkeys(key[:4] for key in cells))
+    for key in sorted(cells, key=lambda key: order.index(key[:4])):
+        _, function, call, size, kernel = key
+        name = f"  {kernel}" if kernel else " ".join([function, f"#{call + 1}" * (call > 0), size * (len(sizes) > 1)]).strip()
+        row, line = cells[key], []
+        for chip in chips:
+            seconds, share, bound = row.get(chip, (0.0, 0.0, ""))
+            mark = " F" if row["peak"] == "flops" else ""
+            line += [f"{seconds * 1e6:.1f}", f"{share * 100:.0f}{mark}", bound] if bound else ["", "", ""]
+        table.add_row(name, *line, style=None if kernel else "bold")
+    Console().print(table)
