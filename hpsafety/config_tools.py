@@ -125,7 +125,9 @@ class BenchCompareConfig:
 class PlanConfig:
     """What hardware will do, on paper, before it is bought."""
 
-    kernels: bool = option("time of each GPU kernel on an A100 and an H100, by a model of the compiled code", False)
+    kernels: bool = option(
+        "time of each GPU kernel on an A100 and an H100, by a model of the compiled code", False
+    )
     op: tuple[str, ...] = option("ops to show; all if absent", ())
     size: tuple[str, ...] = option("Llama sizes whose shapes to show: 7B, 13B, 70B or 1B", ("7B",))
     json: str | None = option("file for the assumptions and all predictions, of all sizes and ops", None)

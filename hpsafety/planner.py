@@ -8,13 +8,28 @@ from hpsafety.bench_command import load
 from hpsafety.errors import InputError
 from hpsafety.files import atomic_write
 
-PLAIN = ("op", "function", "call", "kernel", "times", "config", "size", "chip", "us", "limit", "pct_of_peak", "peak")
+PLAIN = (
+    "op",
+    "function",
+    "call",
+    "kernel",
+    "times",
+    "config",
+    "size",
+    "chip",
+    "us",
+    "limit",
+    "pct_of_peak",
+    "peak",
+)
 
 
 def run(cfg) -> None:
     """cfg: a PlanConfig."""
     if not cfg.kernels:
-        raise InputError("only --kernels so far; memory, time and cost of a stage on a cluster are not planned yet")
+        raise InputError(
+            "only --kernels so far; memory, time and cost of a stage on a cluster are not planned yet"
+        )
     if cfg.json is not None and not Path(cfg.json).resolve().parent.is_dir():
         raise InputError(f"--json {cfg.json}: {Path(cfg.json).resolve().parent} is no directory")
     predict, record = load("predict", "static"), load("record", "static")
@@ -51,7 +66,9 @@ def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
 
     cells: dict[tuple, dict] = {}
     for one in sorted(found, key=lambda one: one["kernel"] is not None):  # a call before its kernels
-        row = cells.setdefault((one["op"], one["function"], one["call"], one["shapes"], one["kernel"] or ""), {})
+        row = cells.setdefault(
+            (one["op"], one["function"], one["call"], one["shapes"], one["kernel"] or ""), {}
+        )
         seconds, share, bounds = row.get(one["chip"], (0.0, 0.0, one["bound"]))
         # launches of one kernel in several configurations are one line: shares weigh by their time
         total = seconds + one["seconds"]
@@ -71,7 +88,8 @@ def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
     order = list(dict.fromkeys(key[:4] for key in cells))
     for key in sorted(cells, key=lambda key: order.index(key[:4])):
         _, function, call, size, kernel = key
-        name = f"  {kernel}" if kernel else " ".join([function, f"#{call + 1}" * (call > 0), size * (len(sizes) > 1)]).strip()
+        words = (function, f"#{call + 1}" if call else "", size if len(sizes) > 1 else "")
+        name = f"  {kernel}" if kernel else " ".join(filter(None, words))
         row, line = cells[key], []
         for chip in chips:
             seconds, share, bound = row.get(chip, (0.0, 0.0, ""))

@@ -49,7 +49,10 @@ def stale(names: list[str]) -> list[str]:
     now = {(op, one.hash): _head(one) for (op, _), one in launches.compilations(names).items()}
     known = {(row["op"], row["hash"]): row for row in record.read() if row["op"] in names}
     out = [f"{check.name(now[key])}: not in static.json" for key in now.keys() - known.keys()]
-    out += [f"{check.name(known[key])}: in static.json, and no longer launched" for key in known.keys() - now.keys()]
+    out += [
+        f"{check.name(known[key])}: in static.json, and no longer launched"
+        for key in known.keys() - now.keys()
+    ]
     for key in now.keys() & known.keys():
         if now[key]["calls"] != known[key]["calls"] or record.place(now[key]) != record.place(known[key]):
             out.append(f"{check.name(now[key])}: static.json has other calls")
@@ -94,20 +97,24 @@ def main(args: list[str] | None = None) -> int:
         return bool(found)
     rows, dots = gather(names, given.all)
     old = record.read()
-    faults = [
-        line for row in rows for line in check.faults(row, check.shared_bytes(row["op"]), dots[row["op"], row["kernel"]])
-    ] + check.missing_tensor_cores(rows)
+    found = [check.faults(row, check.shared_bytes(row["op"]), dots[row["op"], row["kernel"]]) for row in rows]
+    faults = list(
+        dict.fromkeys([line for lines in found for line in lines] + check.missing_tensor_cores(rows))
+    )
     regressions = check.compare(rows, [row for row in old if row["op"] in names])
     if given.write:
         good = [row for row in rows if "error" not in row]
         record.write([row for row in old if row["op"] not in names] + good, triton.__version__)
-        print("\n".join([*faults, *(f"got worse, and is now the record: {line}" for line in regressions)]), end="")
+        for line in [*faults, *(f"got worse, and is now the record: {line}" for line in regressions)]:
+            print(line)
         say(f"{record.PATH.name}: {len(good)} rows of {', '.join(names)}")
         return bool(faults)
     if given.check:
         print("\n".join(faults + regressions) or f"{len(rows)} kernels, no fault")
         changed = sum(row not in old for row in rows)
-        gone = len({record.place(row) for row in old if row["op"] in names} - {record.place(row) for row in rows})
+        gone = len(
+            {record.place(row) for row in old if row["op"] in names} - {record.place(row) for row in rows}
+        )
         if (changed or gone) and not (faults or regressions):
             print(f"{changed} rows changed, {gone} are gone, nothing is worse: {REMEDY}")
         return bool(faults or regressions)

@@ -33,6 +33,7 @@ def _number(word: str):
 
 
 BASELINES = [
-    dict(zip(_COLUMNS, map(_number, line.split()), strict=True)) | {"source": FA2 if line.startswith("FA2") else FA3}
+    dict(zip(_COLUMNS, map(_number, line.split()), strict=True))
+    | {"source": FA2 if line.startswith("FA2") else FA3}
     for line in _TABLE.strip().splitlines()
 ]

@@ -37,7 +37,7 @@ def faults(row: dict, declared: tuple[int, int] | None, dots: bool) -> list[str]
     out, arch = [], int(row["arch"][3:])
     most = sass.LIMITS[arch][3]
     if row["loop_spill"]:
-        out.append(f"a loop spills {row['loop_spill']} bytes")
+        out.append(f"a loop spills {row['loop_spill']} bytes, the hot loop {hot(row)['spill']}")
     if row["shared"] > most:
         out.append(f"{row['shared']} bytes of shared memory, a block has {most} at most")
     if declared is None:
@@ -55,8 +55,18 @@ def missing_tensor_cores(rows: list[dict]) -> list[str]:
     for op, functions in TENSOR_CORES.items():
         for arch in sorted({row["arch"] for row in rows if row["op"] == op}):
             mine = [row for row in rows if row["op"] == op and row["arch"] == arch and "error" not in row]
-            busy = {one[0] for row in mine if row["whole"]["mma"] for calls in row["calls"].values() for one in calls}
-            out += [f"{op}: {function} on {arch} uses no tensor cores" for function in functions if function not in busy]
+            busy = {
+                one[0]
+                for row in mine
+                if row["whole"]["mma"]
+                for calls in row["calls"].values()
+                for one in calls
+            }
+            out += [
+                f"{op}: {function} on {arch} uses no tensor cores"
+                for function in functions
+                if function not in busy
+            ]
     return out
 
 

@@ -49,7 +49,8 @@ class Call:
         """All tensors the launch is given, each once; broadcast dimensions count once."""
         tensors = [x for x in self.launch.arguments.values() if isinstance(x, launch.Tensor)]
         return sum(
-            math.prod(n for n, step in zip(x.shape, x.stride, strict=True) if step or not n) * x.dtype.itemsize
+            math.prod(n for n, step in zip(x.shape, x.stride, strict=True) if step or not n)
+            * x.dtype.itemsize
             for x in tensors
         )
 
@@ -73,7 +74,11 @@ class Compilation:
         """Constants, warps and stages, for people."""
         names = self.kernel.arg_names
         given = {names[path[0]]: value for path, value in self.constants.items()}
-        words = [f"{name}={value}" for name, value in given.items() if self.kernel.params[names.index(name)].is_constexpr]
+        words = [
+            f"{name}={value}"
+            for name, value in given.items()
+            if self.kernel.params[names.index(name)].is_constexpr
+        ]
         words += [f"warps={self.options['num_warps']}", f"stages={self.options['num_stages']}"]
         return " ".join(words + ["no-fusion"] * (not self.options["enable_fp_fusion"]))
 
@@ -84,7 +89,10 @@ def ops() -> list[str]:
 
 def _functions(case) -> list[tuple[object, str, types.FunctionType]]:
     """(module, name, function) of the launch functions that a case can reach."""
-    modules = [case, *(m for name, m in list(sys.modules.items()) if name.startswith(KERNELS) and name not in NOT_OPS)]
+    modules = [
+        case,
+        *(m for name, m in list(sys.modules.items()) if name.startswith(KERNELS) and name not in NOT_OPS),
+    ]
     return [
         (module, name, value)
         for module in modules
@@ -130,7 +138,9 @@ def record(op: str, shapes: cases.Shapes, capability: tuple[int, int]) -> list[C
         launches = stack.enter_context(launch.record(capability))
         case.run(shapes, empty)
     if len(owners) != len(launches):
-        raise RuntimeError(f"{op}: its case launches kernels by other means than the functions of triton_kernels/{op}.py")
+        raise RuntimeError(
+            f"{op}: its case launches kernels by other means than the functions of triton_kernels/{op}.py"
+        )
     return [Call(op, shapes.name, *owner, one) for owner, one in zip(owners, launches, strict=True)]
 
 
@@ -155,7 +165,9 @@ def source(kernel) -> str:
                 value = getattr(module, node.attr, None) if isinstance(module, types.ModuleType) else None
             if isinstance(value, triton.language.constexpr):
                 texts.append(f"{ast.unparse(node)} = {value.value!r}")
-            elif isinstance(getattr(value, "fn", None), types.FunctionType) and not value.fn.__module__.startswith("triton."):
+            elif isinstance(
+                getattr(value, "fn", None), types.FunctionType
+            ) and not value.fn.__module__.startswith("triton."):
                 visit(value)
 
     visit(kernel)
@@ -185,14 +197,18 @@ def _binder(kernel, arch: int):
 def specialise(one: launch.Launch, arch: int) -> Compilation:
     """What triton.jit compiles for a launch on a chip of this architecture."""
     kernel, backend = one.kernel, _backend(arch)
-    arguments = {name: _Argument(x) if isinstance(x, launch.Tensor) else x for name, x in one.arguments.items()}
+    arguments = {
+        name: _Argument(x) if isinstance(x, launch.Tensor) else x for name, x in one.arguments.items()
+    }
     options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "enable_fp_fusion": one.fp_fusion}
     given = {**arguments, **one.constants, **options}
     bound, seen, extra = _binder(kernel, arch)(**given)
     parsed, signature, constants, attributes = kernel._pack_args(backend, given, bound, seen, extra)
     words = [
         kind + (what if isinstance(what, str) else "") if kind != "constexpr" else repr(bound[name])
-        for (kind, what), (name, param) in zip(seen, zip(kernel.arg_names, kernel.params, strict=True), strict=True)
+        for (kind, what), (name, param) in zip(
+            seen, zip(kernel.arg_names, kernel.params, strict=True), strict=True
+        )
         if not param.is_constexpr
     ]
     known = [source(value) if hasattr(value, "fn") else repr(value) for value in constants.values()]

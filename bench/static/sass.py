@@ -95,7 +95,9 @@ def parse(text: str) -> dict[str, list[Instruction]]:
         if found and current is not None:
             current.append(Instruction(int(found[1], 16), (found[2] or "").strip(), found[3], found[4]))
     for code in functions.values():
-        while code and (code[-1].base == "NOP" or (code[-1].base == "BRA" and code[-1].target == code[-1].address)):
+        while code and (
+            code[-1].base == "NOP" or (code[-1].base == "BRA" and code[-1].target == code[-1].address)
+        ):
             code.pop()
     return functions
 
@@ -117,7 +119,8 @@ class Graph:
             if one.base in ("BRA", "JMP", "BRX", "EXIT", "RET", "BSYNC"):
                 leaders.add(index + 1)
         starts = sorted(leader for leader in leaders if leader < len(code))
-        self.blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], len(code)], strict=True)]
+        ends = [*starts[1:], len(code)] if starts else []
+        self.blocks = [range(a, b) for a, b in zip(starts, ends, strict=True)]
         self._of = {block.start: index for index, block in enumerate(self.blocks)}
         self.after = [self._successors(block, place, joins) for block in self.blocks]
 
@@ -126,7 +129,9 @@ class Graph:
         following = [self._of[behind]] if behind in self._of else []
         if last.base in ("BRA", "JMP"):
             # BRA P0, 0x.. and BRA.DIV take the branch in some lanes only, as @P0 BRA does
-            some = last.predicate or re.match(r"!?U?P\d", last.operands) or {"DIV", "CONV"} & {*last.modifiers}
+            some = (
+                last.predicate or re.match(r"!?U?P\d", last.operands) or {"DIV", "CONV"} & {*last.modifiers}
+            )
             return [self._of[place[last.target]]] * (last.target in place) + (following if some else [])
         if last.base in ("EXIT", "RET"):
             return following if last.predicate else []
@@ -196,7 +201,9 @@ def count(code: list[Instruction]) -> dict:
     """What stands in a stretch of code. Ratios to eq are there only where there is tensor-core work."""
     tensor = [one for one in code if one.tensor]
     bases = collections.Counter(one.base for one in code)
-    widths = collections.defaultdict(collections.Counter)  # "ldg" -> bits of a lane, as JSON has keys -> instructions
+    widths = collections.defaultdict(
+        collections.Counter
+    )  # "ldg" -> bits of a lane, as JSON has keys -> instructions
     for one in code:
         kind = LOADS.get(one.base) or STORES.get(one.base)
         if kind:
@@ -211,7 +218,10 @@ def count(code: list[Instruction]) -> dict:
         "tma": bases["UTMALDG"],
         "atomics": sum(bases[base] for base in ATOMICS),
         "spill": spilled(code),
-        "widths": {kind: dict(sorted(bits.items(), key=lambda one: int(one[0]))) for kind, bits in sorted(widths.items())},
+        "widths": {
+            kind: dict(sorted(bits.items(), key=lambda one: int(one[0])))
+            for kind, bits in sorted(widths.items())
+        },
     }
     if tensor:
         out["non_mma_per_eq"] = round((len(code) - len(tensor)) / out["eq"], 3)

@@ -50,7 +50,9 @@ def _loads(row: dict) -> str:
     for kind in ("ldg", "ldgsts", "lds"):
         bits = hot(row).get("widths", {}).get(kind, {})
         if bits:
-            words.append(f"{kind} " + ", ".join(f"{n}x{b}" for b, n in sorted(bits.items(), key=lambda x: -x[1])))
+            words.append(
+                f"{kind} " + ", ".join(f"{n}x{b}" for b, n in sorted(bits.items(), key=lambda x: -x[1]))
+            )
     return "; ".join(words)
 
 
