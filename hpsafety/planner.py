@@ -1,4 +1,4 @@
-"""`hpsafety plan --kernels`: each GPU kernel's time on paper, from what the compiler made of it (bench/static/predict.py)."""
+"""`hpsafety plan --kernels`: each GPU kernel's time on paper, from the compiler's code (bench/static/predict.py)."""
 
 import json
 import sys
@@ -52,10 +52,9 @@ def run(cfg) -> None:
 
 
 def plain(one: dict) -> tuple[str, ...]:
-    return (
-        one["op"], one["function"], str(one["call"]), one["kernel"] or "all", str(one["times"]), one["config"], one["shapes"],
-        one["chip"], f"{one['seconds'] * 1e6:.1f}", one["bound"], f"{one['share'] * 100:.1f}", one["peak"],
-    )  # fmt: skip
+    numbers = f"{one['seconds'] * 1e6:.1f}", one["bound"], f"{one['share'] * 100:.1f}", one["peak"]
+    kernel = one["kernel"] or "all", str(one["times"]), one["config"]
+    return one["op"], one["function"], str(one["call"]), *kernel, one["shapes"], one["chip"], *numbers
 
 
 def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
@@ -76,10 +75,11 @@ def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
         row[one["chip"]] = (total, share, bounds)
         row["peak"] = one["peak"]
     sizes = dict.fromkeys(one["shapes"] for one in found)
+    title = f"Llama {', '.join(sizes)}: a model, not a measurement"
+    legend = [*assumptions, "% of the peak bandwidth, or with F of bf16 operations"]
     table = Table(
-        "call, kernels", title=f"Llama {', '.join(sizes)}: a model, not a measurement", box=box.SIMPLE, pad_edge=False,
-        caption="\n".join([*assumptions, "% of the peak bandwidth, or with F of bf16 operations"]), title_justify="left",
-        caption_justify="left",
+        "call, kernels", title=title, caption="\n".join(legend), title_justify="left", caption_justify="left",
+        box=box.SIMPLE, pad_edge=False,
     )  # fmt: skip
     for chip in chips:
         table.add_column(chip.split()[0] + " us", justify="right", no_wrap=True)

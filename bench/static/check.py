@@ -106,8 +106,7 @@ def counterparts(new: dict, old_rows: list[dict]) -> list[dict]:
     if same:
         return same
     calls = _calls(new)
-    return [old for old in old_rows if (old["op"], old["kernel"], old["arch"]) == (new["op"], new["kernel"], new["arch"])
-            and calls & _calls(old)]  # fmt: skip
+    return [old for old in old_rows if place(old)[:3] == place(new)[:3] and calls & _calls(old)]
 
 
 def _calls(row: dict) -> set:

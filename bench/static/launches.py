@@ -1,8 +1,8 @@
 """What is launched, and so what is compiled: each case's launches with fake CUDA tensors, each distinct code once.
 
-triton.jit compiles a kernel again for other types, for other constants, and for what it sees in the arguments: whether an
-address or a number is divisible by 16, whether a number is 1, whether it fits 32 bits. Here that is decided by triton.jit's
-own code, so that what is looked at is what a GPU would run. Must not be used under TRITON_INTERPRET=1.
+triton.jit compiles a kernel again for other types, for other constants, and for what it sees in the arguments: whether
+an address or a number is divisible by 16, whether a number is 1, whether it fits 32 bits. Here that is decided by
+triton.jit's own code, so that what is looked at is what a GPU would run. Not to be used under TRITON_INTERPRET=1.
 """
 
 import ast
@@ -213,8 +213,8 @@ def specialise(one: launch.Launch, arch: int) -> Compilation:
     ]
     known = [source(value) if hasattr(value, "fn") else repr(value) for value in constants.values()]
     content = (
-        source(kernel), sorted(signature.items()), [*constants], known, sorted(attributes.items()), sorted(options.items()),
-        arch, triton.__version__,
+        source(kernel), sorted(signature.items()), [*constants], known, sorted(attributes.items()),
+        sorted(options.items()), arch, triton.__version__,
     )  # fmt: skip
     digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     return Compilation(

@@ -47,7 +47,8 @@ def assumptions() -> list[str]:
     return [
         "a model from the compiler's code, not a measurement: it ranks kernels and names their limit",
         "; ".join(chips),
-        f"at most {TENSOR_SHARE:.0%} of the operations and {DRAM_SHARE:.0%} of the bandwidth, {LATENCY * 1e6:g} us of latency, {LAUNCH * 1e6:g} us per launch, "
+        f"at most {TENSOR_SHARE:.0%} of the operations and {DRAM_SHARE:.0%} of the bandwidth, "
+        f"{LATENCY * 1e6:g} us of latency, {LAUNCH * 1e6:g} us per launch, "
         "each byte moved once, no bank conflicts",
     ]
 
@@ -108,7 +109,7 @@ def predict(rows: list[dict], chip: Chip, sizes: list[str] | None = None) -> lis
     """Predictions for each launch of static.json's rows on a chip, and one of each launch function over its launches.
 
     Each has op, function, call, shapes, kernel (None for the function), seconds, bound, share (of the nearer of the
-    chip's two peaks), flops and bytes. A function's work is that of bench/static/work.py; one without a formula has none.
+    chip's two peaks), flops and bytes. A function's work is that of bench/static/work.py; without a formula, none.
     """
     groups = collections.defaultdict(list)
     for row in rows:
@@ -135,8 +136,8 @@ def predict(rows: list[dict], chip: Chip, sizes: list[str] | None = None) -> lis
             moved += each * programs
             one = launch_time(row, chip, programs, moved, flops)
             seconds = one["seconds"] * times
-            parts.append(head | {"kernel": row["kernel"], "config": row["config"], "times": times, "bound": one["bound"]}
-                         | _summed(chip, seconds, flops * times, moved * times))  # fmt: skip
+            what = {"kernel": row["kernel"], "config": row["config"], "times": times, "bound": one["bound"]}
+            parts.append(head | what | _summed(chip, seconds, flops * times, moved * times))
         out += parts
         if needed:
             slowest = max(parts, key=lambda part: part["seconds"])

@@ -9,7 +9,7 @@ from bench.static.baselines import BASELINES
 PATH = Path(__file__).resolve().parents[1] / "results" / "static.json"
 ABOUT = {
     "how": "python -m bench.static --write; read from the code of a compiler, nothing was run",
-    "row": "one kernel as triton.jit compiles it for one chip; calls: shapes -> [function, its call, programs, bytes, times]",
+    "row": "a kernel as compiled for a chip; calls: shapes -> [function, its call, programs, bytes, times]",
     "types": "of the arguments; D: divisible by 16, None or a number: compiled in",
     "hot": "the loop with the most tensor-core work, per iteration and warp; left out where it is the whole kernel",
     "eq": "tensor-core work of a warp in HMMA.16816; an HGMMA.64xNx16 is N/8",
@@ -71,5 +71,9 @@ def write(rows: list[dict], version: str, path: Path = PATH) -> None:
         return ",\n".join(json.dumps(one, separators=(",", ":")) for one in many)
 
     about = json.dumps(ABOUT | {"triton": version}, indent=1)
-    text = f'{{"about":{about},\n"baselines":[\n{lines(BASELINES)}\n],\n"rows":[\n{lines(sorted(rows, key=place))}\n]}}\n'
-    path.write_text(text, encoding="utf-8")
+    parts = (
+        f'"about":{about}',
+        f'"baselines":[\n{lines(BASELINES)}\n]',
+        f'"rows":[\n{lines(sorted(rows, key=place))}\n]',
+    )
+    path.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")

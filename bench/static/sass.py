@@ -272,7 +272,7 @@ def hot(graph: Graph) -> tuple[list[Instruction], int]:
     return max(inner, key=lambda one: len(one[1]))[1], spill
 
 
-# Of one SM: warps, blocks, bytes of shared memory, and bytes a block may have. A block costs 1 KiB more than it asks for.
+# Of one SM: warps, blocks, bytes of shared memory, and bytes a block may ask for; it takes 1 KiB more.
 LIMITS = {80: (64, 32, 164 * 1024, 163 * 1024), 90: (64, 32, 228 * 1024, 227 * 1024)}
 REGISTERS, REGISTER_UNIT, RESERVED = 65536, 256, 1024
 

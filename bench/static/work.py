@@ -157,8 +157,8 @@ FORMULAS = {
     function.__name__: function
     for function in (
         attention, attention_backward, linear_logprob, linear_logprob_backward, linear_cross_entropy, distill_loss,
-        distill_loss_backward, rms_norm, rms_norm_backward, rope, rope_qkv, swiglu, swiglu_backward, adamw_, grad_norm_sq,
-        accumulate_, ppo_loss, gae, reward_score, pair_loss, paged_attention, sample,
+        distill_loss_backward, rms_norm, rms_norm_backward, rope, rope_qkv, swiglu, swiglu_backward, adamw_,
+        grad_norm_sq, accumulate_, ppo_loss, gae, reward_score, pair_loss, paged_attention, sample,
     )
 } | {"rope_": rope, "rope_qkv_backward": rope_qkv}  # fmt: skip
 

@@ -172,7 +172,11 @@ def test_bad_input_is_one_line_and_exit_2(capsys, args, expected):
 def test_terminal(capsys):
     from hpsafety import planner
 
-    planner.show([{"chip": chip.name, **one} for chip in predict.CHIPS for one in predict.predict(record.read(), chip, ["7B"])],
-                 [chip.name for chip in predict.CHIPS], predict.assumptions())  # fmt: skip
+    found = [
+        {"chip": chip.name, **one}
+        for chip in predict.CHIPS
+        for one in predict.predict(record.read(), chip, ["7B"])
+    ]
+    planner.show(found, [chip.name for chip in predict.CHIPS], predict.assumptions())
     text = capsys.readouterr().out
     assert "not a measurement" in text and "\n   rms_norm_forward" in text and "A100-80 us" in text

@@ -1,6 +1,6 @@
 """bench/static: the reader of machine code, what is compiled, the check, and the file on record.
 
-The bugs this file must catch: a spill in a loop that nobody sees, and figures on record of code that is no longer there.
+The bugs this file must catch: a spill in a loop that nobody sees, and figures on record of code that is gone.
 """
 
 import copy
@@ -174,7 +174,8 @@ def test_more_faults():
     vectors = planted(whole={"instructions": 9, "mma": 0, "spill": 0})
     assert check.faults(vectors, FITS, False) == []
     assert check.missing_tensor_cores([vectors]) == [
-        "attention: attention on sm_80 uses no tensor cores", "attention: attention_backward on sm_80 uses no tensor cores",
+        "attention: attention on sm_80 uses no tensor cores",
+        "attention: attention_backward on sm_80 uses no tensor cores",
     ]  # fmt: skip
 
 
