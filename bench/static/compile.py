@@ -3,12 +3,15 @@
 The code comes from triton.compile with the target "cuda:80" or "cuda:90"; the latter makes code for sm_90a.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import triton
@@ -65,13 +68,27 @@ def _figures_at(index: int) -> dict:
     return figures(_work[index])
 
 
+def _in_processes(indices: list[int], processes: int) -> dict[int, dict]:
+    """Figures by index; without those that were under way or waiting when the compiler took its process down."""
+    out = {}
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        waiting = {index: pool.submit(_figures_at, index) for index in indices}
+        for index, future in waiting.items():
+            with contextlib.suppress(BrokenProcessPool):
+                out[index] = future.result()
+    return out
+
+
 def all_figures(many: list[Compilation], say=print) -> list[dict]:
-    """`figures` of each, by PROCESSES processes; those at hand are read here."""
+    """`figures` of each, by PROCESSES processes."""
     if not many:
         return []
     started = time.monotonic()
     _work[:] = many
-    with multiprocessing.get_context("fork").Pool(min(PROCESSES, len(many))) as pool:
-        out = pool.map(_figures_at, range(len(many)), chunksize=1)
-    say(f"{len(many)} kernels compiled or read from {CACHE.name}/ in {time.monotonic() - started:.0f} s")
-    return out
+    say(f"{len(many)} kernels to compile, or to read from build/{CACHE.name}")
+    out = _in_processes([*range(len(many))], min(PROCESSES, len(many)))
+    for index in range(len(many)):
+        if index not in out:  # alone, so that one that crashes is known by itself
+            out |= _in_processes([index], 1)
+    say(f"done in {time.monotonic() - started:.0f} s")
+    return [out.get(index, {"error": "the compiler crashed"}) for index in range(len(many))]

@@ -165,6 +165,7 @@ FORMULAS = {
 # Of a function's operations, the share that a kernel does, recomputation included: more than 1 together then. The
 # tensor-core kernels of a function that is not here, or that has other kernels by now, share equally.
 SHARES = {
+    "attention_backward": {"attention_backward_keys": 4 / 5, "attention_backward_rows": 3 / 5},
     "linear_logprob_backward": {"logprob_dlogits": 1 / 3, "hidden_gradient": 1 / 3, "weight_gradient": 1 / 3},
 }
 

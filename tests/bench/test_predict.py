@@ -135,6 +135,10 @@ def test_predictions_of_the_record():
         assert all(0 < one["share"] <= 1 and math.isfinite(one["seconds"]) for one in found), chip.name
     functions = {call[0] for row in rows for calls in row["calls"].values() for call in calls}
     assert functions <= {*FORMULAS}, f"bench/static/work.py has no formula for {functions - {*FORMULAS}}"
+    for function in functions & {*SHARES}:
+        mine = [row for row in rows if any(one[0] == function for calls in row["calls"].values() for one in calls)]
+        kernels = {row["kernel"] for row in mine if row["whole"]["mma"]}
+        assert kernels == {*SHARES[function]}, f"SHARES of bench/static/work.py: {function} has other kernels by now"
 
 
 def test_command(capsys, tmp_path):
