@@ -58,20 +58,22 @@ def linear_logprob_backward(s: Shapes, call: int) -> Work:
 
 
 def linear_cross_entropy(s: Shapes, call: int) -> Work:
-    """Loss and both gradients in one pass."""
+    """Loss and both gradients; the second call asks for the loss alone."""
     product, hidden, weight = _head(s)
-    return Work(3 * product, BF16 * 2 * (hidden + weight) + s.trained * (8 + 2 * FP32))
+    times = 1 if call else 3
+    return Work(times * product, BF16 * min(2, times) * (hidden + weight) + s.trained * (8 + 2 * FP32))
 
 
 def distill_loss(s: Shapes, call: int) -> Work:
+    """A student of half the width. The third call is the JSD, whose forward makes both models' logits twice."""
     product, hidden, weight = _head(s)
-    return Work(2 * product, BF16 * 2 * (hidden + weight) + s.trained * 6 * FP32)
+    return Work((3 if call == 2 else 1.5) * product, BF16 * 1.5 * (hidden + weight) + s.trained * 6 * FP32)
 
 
 def distill_loss_backward(s: Shapes, call: int) -> Work:
     """Both models' logits again, and the student's two gradients."""
     product, hidden, weight = _head(s)
-    return Work(4 * product, BF16 * 3 * (hidden + weight) + s.trained * 6 * FP32)
+    return Work(2.5 * product, BF16 * 2 * (hidden + weight) + s.trained * 6 * FP32)
 
 
 def rms_norm(s: Shapes, call: int) -> Work:
@@ -166,6 +168,7 @@ FORMULAS = {
 # tensor-core kernels of a function that is not here, or that has other kernels by now, share equally.
 SHARES = {
     "attention_backward": {"attention_backward_keys": 4 / 5, "attention_backward_rows": 3 / 5},
+    "distill_loss_backward": {"distill_dlogits": 0.6, "hidden_gradient": 0.2, "weight_gradient": 0.2},
     "linear_logprob_backward": {"logprob_dlogits": 1 / 3, "hidden_gradient": 1 / 3, "weight_gradient": 1 / 3},
 }
 
