@@ -15,7 +15,7 @@ import math
 
 from bench.static.cases import LLAMA
 from bench.static.record import hot
-from bench.static.work import SHARES, work
+from bench.static.work import PARTIAL, SHARES, work
 
 LAUNCH = 3e-6  # seconds from start to end of an empty kernel in a queue
 LATENCY = 0.6e-6  # seconds of a load from memory under load
@@ -128,12 +128,13 @@ def predict(rows: list[dict], chip: Chip, sizes: list[str] | None = None) -> lis
         # operands behind a table of addresses are not seen in the launch: their bytes go to where the programs are
         seen = sum(moved * times for _, _, moved, times in launches)
         hidden = max(0, needed.bytes - seen) if needed else 0
+        part = min(1.0, needed.bytes / seen) if needed and seen and function in PARTIAL else 1.0
         each = hidden / sum(programs * times for _, programs, _, times in launches)
         head = {"op": op, "function": function, "call": call, "shapes": size}
         parts = []
         for index, (row, programs, moved, times) in enumerate(launches):
             flops = needed.flops * shares.get(index, 0.0) if needed else 0.0
-            moved += each * programs
+            moved = moved * part + each * programs
             one = launch_time(row, chip, programs, moved, flops)
             seconds = one["seconds"] * times
             what = {"kernel": row["kernel"], "config": row["config"], "times": times, "bound": one["bound"]}

@@ -117,7 +117,8 @@ def adamw_(s: Shapes, call: int) -> Work:
 
 
 def grad_norm_sq(s: Shapes, call: int) -> Work:
-    return Work(0, _layer(s) * (BF16 if call else FP32))
+    """Of the MLP's first weight and a norm's: in fp32, in bf16, and the latter in fp32."""
+    return Work(0, 2 * s.mlp * s.width * (BF16 if call else FP32) + s.width * (BF16 if call == 1 else FP32))
 
 
 def accumulate_(s: Shapes, call: int) -> Work:
@@ -125,12 +126,13 @@ def accumulate_(s: Shapes, call: int) -> Work:
 
 
 def ppo_loss(s: Shapes, call: int) -> Work:
-    """Six arrays and a mask in, two gradients out."""
-    return Work(0, s.trained * (6 * FP32 + 1 + 2 * FP32))
+    """Six arrays and a mask in, two gradients out; the second call is in bf16 and has the entropy too."""
+    return Work(0, s.trained * ((9 * BF16 if call == 1 else 8 * FP32) + 1))
 
 
 def gae(s: Shapes, call: int) -> Work:
-    return Work(0, s.trained * 4 * FP32)
+    """The second call has its values in bf16."""
+    return Work(0, s.trained * (3 * FP32 + (BF16 if call else FP32)))
 
 
 def reward_score(s: Shapes, call: int) -> Work:
@@ -139,7 +141,10 @@ def reward_score(s: Shapes, call: int) -> Work:
 
 
 def pair_loss(s: Shapes, call: int) -> Work:
-    return Work(0, s.prompts * s.responses * (5 * FP32 + 2))
+    """Without and with margins and bins, in fp32, then in bf16."""
+    return Work(
+        0, s.prompts * s.responses * ((BF16 if call > 1 else FP32) * (5 if call % 2 else 4) + 2 * (call % 2))
+    )
 
 
 def paged_attention(s: Shapes, call: int) -> Work:
@@ -163,6 +168,9 @@ FORMULAS = {
         grad_norm_sq, accumulate_, ppo_loss, gae, reward_score, pair_loss, paged_attention, sample,
     )
 } | {"rope_": rope, "rope_qkv_backward": rope_qkv}  # fmt: skip
+
+# Functions that read some rows only of what they are given: what their launches move is the formula's bytes.
+PARTIAL = {"reward_score"}
 
 # Of a function's operations, the share that a kernel does, recomputation included: more than 1 together then. The
 # tensor-core kernels of a function that is not here, or that has other kernels by now, share equally.
