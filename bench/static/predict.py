@@ -15,7 +15,7 @@ import math
 
 from bench.static.cases import LLAMA
 from bench.static.record import hot
-from bench.static.work import PARTIAL, SHARES, work
+from bench.static.work import PARTIAL, SHARES, idle, work
 
 LAUNCH = 3e-6  # seconds from start to end of an empty kernel in a queue
 LATENCY = 0.6e-6  # seconds of a load from memory under load
@@ -92,7 +92,7 @@ def _stages(row: dict) -> int:
 
 def _shares(function: str, rows: list[tuple]) -> dict[int, float]:
     """Of a function's operations, the share of each of its launches (row, programs, bytes, times), by position."""
-    tensor = [index for index, (row, *_) in enumerate(rows) if row["whole"]["mma"]]
+    tensor = [index for index, (row, *_) in enumerate(rows) if row["whole"]["mma"] and not idle(row)]
     programs = collections.Counter()
     for index in tensor:
         row, number, _, times = rows[index]
@@ -134,7 +134,7 @@ def predict(rows: list[dict], chip: Chip, sizes: list[str] | None = None) -> lis
         parts = []
         for index, (row, programs, moved, times) in enumerate(launches):
             flops = needed.flops * shares.get(index, 0.0) if needed else 0.0
-            moved = moved * part + each * programs
+            moved = 0.0 if idle(row) else moved * part + each * programs
             one = launch_time(row, chip, programs, moved, flops)
             seconds = one["seconds"] * times
             what = {"kernel": row["kernel"], "config": row["config"], "times": times, "bound": one["bound"]}

@@ -172,6 +172,10 @@ FORMULAS = {
 # Functions that read some rows only of what they are given: what their launches move is the formula's bytes.
 PARTIAL = {"reward_score"}
 
+# Launches that find nothing to do unless a number is not finite, by a word of their configuration: no work is counted,
+# and what their loops spill is no fault.
+IDLE = {"attention_forward": "REDO=True"}
+
 # Of a function's operations, the share that a kernel does, recomputation included: more than 1 together then. The
 # tensor-core kernels of a function that is not here, or that has other kernels by now, share equally.
 SHARES = {
@@ -184,3 +188,8 @@ SHARES = {
 def work(function: str, shapes: Shapes, call: int = 0) -> Work | None:
     """None for a function without a formula."""
     return FORMULAS[function](shapes, call) if function in FORMULAS else None
+
+
+def idle(row: dict) -> bool:
+    """Whether a row of static.json is one of IDLE."""
+    return row["kernel"] in IDLE and IDLE[row["kernel"]] in row["config"].split()
