@@ -68,12 +68,11 @@ def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
         row = cells.setdefault(
             (one["op"], one["function"], one["call"], one["shapes"], one["kernel"] or ""), {}
         )
-        seconds, share, bounds = row.get(one["chip"], (0.0, 0.0, one["bound"]))
+        seconds, share, _, _ = row.get(one["chip"], (0.0, 0.0, "", ""))
         # launches of one kernel in several configurations are one line: shares weigh by their time
         total = seconds + one["seconds"]
         share = (share * seconds + one["share"] * one["seconds"]) / total if total else 0.0
-        row[one["chip"]] = (total, share, bounds)
-        row["peak"] = one["peak"]
+        row[one["chip"]] = (total, share, " F" if one["peak"] == "flops" else "", one["bound"])
     sizes = dict.fromkeys(one["shapes"] for one in found)
     title = f"Llama {', '.join(sizes)}: a model, not a measurement"
     legend = [*assumptions, "% of the peak bandwidth, or with F of bf16 operations"]
@@ -92,8 +91,7 @@ def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
         name = f"  {kernel}" if kernel else " ".join(filter(None, words))
         row, line = cells[key], []
         for chip in chips:
-            seconds, share, bound = row.get(chip, (0.0, 0.0, ""))
-            mark = " F" if row["peak"] == "flops" else ""
+            seconds, share, mark, bound = row.get(chip, (0.0, 0.0, "", ""))
             line += [f"{seconds * 1e6:.1f}", f"{share * 100:.0f}{mark}", bound] if bound else ["", "", ""]
         table.add_row(name, *line, style=None if kernel else "bold")
     Console().print(table)

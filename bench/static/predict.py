@@ -129,12 +129,13 @@ def predict(rows: list[dict], chip: Chip, sizes: list[str] | None = None) -> lis
         seen = sum(moved * times for _, _, moved, times in launches)
         hidden = max(0, needed.bytes - seen) if needed else 0
         part = min(1.0, needed.bytes / seen) if needed and seen and function in PARTIAL else 1.0
-        each = hidden / sum(programs * times for _, programs, _, times in launches)
+        some = max(programs for _, programs, _, _ in launches) / 100  # fewer: a kernel that prepares
+        each = hidden / sum(programs * times for _, programs, _, times in launches if programs >= some)
         head = {"op": op, "function": function, "call": call, "shapes": size}
         parts = []
         for index, (row, programs, moved, times) in enumerate(launches):
             flops = needed.flops * shares.get(index, 0.0) if needed else 0.0
-            moved = 0.0 if idle(row) else moved * part + each * programs
+            moved = 0.0 if idle(row) else moved * part + each * programs * (programs >= some)
             one = launch_time(row, chip, programs, moved, flops)
             seconds = one["seconds"] * times
             what = {"kernel": row["kernel"], "config": row["config"], "times": times, "bound": one["bound"]}
