@@ -57,22 +57,27 @@ def plain(one: dict) -> tuple[str, ...]:
     return one["op"], one["function"], str(one["call"]), *kernel, one["shapes"], one["chip"], *numbers
 
 
+def together(launches: list[dict]) -> tuple[str, str, str]:
+    """Cells of one kernel's launches on a chip: in several configurations, the share weighs by their time."""
+    seconds = sum(one["seconds"] for one in launches)
+    if not seconds:
+        return "", "", ""
+    slowest = max(launches, key=lambda one: one["seconds"])
+    share = sum(one["share"] * one["seconds"] for one in launches) / seconds
+    mark = " F" if slowest["peak"] == "flops" else ""
+    return f"{seconds * 1e6:.1f}", f"{share * 100:.0f}{mark}", slowest["bound"]
+
+
 def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
     """A line per call, its kernels below it, the chips side by side."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    cells: dict[tuple, dict] = {}
+    cells: dict[tuple, dict[str, list]] = {}
     for one in sorted(found, key=lambda one: one["kernel"] is not None):  # a call before its kernels
-        row = cells.setdefault(
-            (one["op"], one["function"], one["call"], one["shapes"], one["kernel"] or ""), {}
-        )
-        seconds, share, _, _ = row.get(one["chip"], (0.0, 0.0, "", ""))
-        # launches of one kernel in several configurations are one line: shares weigh by their time
-        total = seconds + one["seconds"]
-        share = (share * seconds + one["share"] * one["seconds"]) / total if total else 0.0
-        row[one["chip"]] = (total, share, " F" if one["peak"] == "flops" else "", one["bound"])
+        key = (one["op"], one["function"], one["call"], one["shapes"], one["kernel"] or "")
+        cells.setdefault(key, {}).setdefault(one["chip"], []).append(one)
     sizes = dict.fromkeys(one["shapes"] for one in found)
     title = f"Llama {', '.join(sizes)}: a model, not a measurement"
     legend = [*assumptions, "% of the peak bandwidth, or with F of bf16 operations"]
@@ -89,9 +94,6 @@ def show(found: list[dict], chips: list[str], assumptions: list[str]) -> None:
         _, function, call, size, kernel = key
         words = (function, f"#{call + 1}" if call else "", size if len(sizes) > 1 else "")
         name = f"  {kernel}" if kernel else " ".join(filter(None, words))
-        row, line = cells[key], []
-        for chip in chips:
-            seconds, share, mark, bound = row.get(chip, (0.0, 0.0, "", ""))
-            line += [f"{seconds * 1e6:.1f}", f"{share * 100:.0f}{mark}", bound] if bound else ["", "", ""]
+        line = [text for chip in chips for text in together(cells[key].get(chip, []))]
         table.add_row(name, *line, style=None if kernel else "bold")
     Console().print(table)
