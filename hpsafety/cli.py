@@ -92,6 +92,11 @@ COMMANDS = {
         "BenchCompareConfig",
         "hpsafety.bench_command:compare",
     ),
+    "plan": (
+        "what hardware will do, on paper: --kernels for the time of each GPU kernel, by a model",
+        "PlanConfig",
+        "hpsafety.planner:run",
+    ),
     "ops": ("which backend serves each op, and why not the others", None, "hpsafety.cli:show_ops"),
     "doctor": ("what is installed and built, and what is wrong with it", None, "hpsafety.doctor:run"),
     "version": ("the version", None, "hpsafety.cli:show_version"),

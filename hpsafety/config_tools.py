@@ -1,4 +1,4 @@
-"""What demo, profile and bench can be told; hpsafety.config hands them out with the others."""
+"""What demo, profile, bench and plan can be told; hpsafety.config hands them out with the others."""
 
 import dataclasses
 import math
@@ -119,3 +119,20 @@ class BenchCompareConfig:
 
     old: str = option("result file to compare with", positional="OLD")
     new: str = option("result file in question", positional="NEW")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """What hardware will do, on paper, before it is bought."""
+
+    kernels: bool = option(
+        "time of each GPU kernel on an A100 and an H100, by a model of the compiled code", False
+    )
+    op: tuple[str, ...] = option("ops to show; all if absent", ())
+    size: tuple[str, ...] = option("Llama sizes whose shapes to show: 7B, 13B, 70B or 1B", ("7B",))
+    json: str | None = option("file for the assumptions and all predictions, of all sizes and ops", None)
+
+    def __post_init__(self):
+        known = ("7B", "13B", "70B", "1B")
+        require(self, "size", {*self.size} <= {*known} and bool(self.size), "of 7B, 13B, 70B, 1B")
+        require(self, "json", self.json != "", "a file")

@@ -41,7 +41,16 @@ def faults(text: str) -> list[str]:
 
 
 # Flags of other programs that the text names on their own.
-FOREIGN = {"--gpus-per-node", "--cpus-per-task", "--shutdown-timeout", "--shm-size", "--ipc"}
+FOREIGN = {
+    "--check",
+    "--write",
+    "--attention",
+    "--gpus-per-node",
+    "--cpus-per-task",
+    "--shutdown-timeout",
+    "--shm-size",
+    "--ipc",
+}
 
 
 @pytest.mark.parametrize("path", [path for path in DOCS if path.suffix == ".md"], ids=lambda p: p.name)

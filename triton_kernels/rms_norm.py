@@ -6,9 +6,8 @@ import triton.language as tl
 
 from hpsafety.triton_kernels.launch import launch
 
-SHARED_BYTES = (1024, 1024)  # a block's at most, on sm_80 and on sm_90; tests/triton/test_static.py compares
-# grad_weight is summed over so many rows on chip, then over the partials in order: 4 % more bytes.
-ROWS_PER_PARTIAL = 32
+SHARED_BYTES = (16384, 16384)  # a block's at most, on sm_80 and on sm_90; tests/triton/test_static.py compares
+ROWS_PER_PARTIAL = 32  # grad_weight is summed over 32 rows on chip, then over the partials: 4 % more bytes
 COLUMNS_PER_SUM = 64
 
 
@@ -45,7 +44,7 @@ def rms_norm_backward_rows(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
     for row in range(first, tl.minimum(first + ROWS, rows)):
-        at = row * d + column
+        at = tl.cast(row, tl.int64) * d + column
         rstd = tl.load(rstd_ptr + row)
         xhat = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
