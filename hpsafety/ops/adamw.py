@@ -9,8 +9,8 @@ from hpsafety import reference
 from hpsafety.ops import apex_backend, backends
 from hpsafety.ops.registration import check
 
-BACKENDS = ("cpu", "apex")
-NORM_BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton", "apex")
+NORM_BACKENDS = ("cpu", "triton")
 GRAD_DTYPES = (torch.float32, torch.bfloat16)
 LOW_DTYPES = (torch.bfloat16,)
 
@@ -103,7 +103,11 @@ def adamw_(
         for old, fresh in zip(written, [*new[0], *new[1], *new[2], new[3], *copied], strict=True):
             old.copy_(fresh)
         return
-    run = apex_backend.adamw_ if impl == "apex" else backends.cpu().adamw_
+    run = {
+        "cpu": lambda *args: backends.cpu().adamw_(*args),
+        "triton": lambda *args: backends.triton("adamw").adamw_(*args),
+        "apex": apex_backend.adamw_,
+    }[impl]
     run(params, grads, exp_avg, exp_avg_sq, lr, *betas, eps, weight_decay, step, grad_norm, max_norm, copies)
 
 
@@ -122,4 +126,4 @@ def grad_norm_sq(grads, *, impl=None):
     impl = backends.resolve("grad_norm_sq", impl, NORM_BACKENDS, device)
     if impl == "reference" or not grads:
         return reference.grad_norm_sq(grads)
-    return backends.cpu().grad_norm_sq(grads)
+    return (backends.triton("grad_norm_sq") if impl == "triton" else backends.cpu()).grad_norm_sq(grads)
