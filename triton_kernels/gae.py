@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hpsafety.triton_kernels.launch import launch
 
-SHARED_BYTES = (8192, 8192)  # a block's at most, on sm_80 and on sm_90
+SHARED_BYTES = (2048, 2048)  # a block's at most, on sm_80 and on sm_90
 BLOCK = 512  # tokens at a time
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from hpsafety.triton_kernels.counts import inverse_count
 from hpsafety.triton_kernels.launch import launch
 
-SHARED_BYTES = (256, 256)  # a block's at most, on sm_80 and on sm_90
+SHARED_BYTES = (4096, 4096)  # a block's at most, on sm_80 and on sm_90
 BLOCK = 1024  # pairs at a time
 
 
@@ -49,7 +49,7 @@ def pair_rows(
     n = n.to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+        at = tl.arange(0, BLOCK).to(tl.int64) + start
         inside = at < n
         chosen = tl.load(chosen_ptr + at, mask=inside, other=0.0).to(tl.float32)
         rejected = tl.load(rejected_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -86,6 +86,6 @@ def pair_loss(
         *bins, num_pairs_tensor, loss, per_pair, grads, n, margin_value, aux_weight / 2,
         0.0 if num_pairs is None else num_pairs, HAS_MARGIN=margin is not None, HAS_CHOSEN=bins[0] is not None,
         HAS_REJECTED=bins[1] is not None, HAS_TENSOR=num_pairs_tensor is not None,
-        HAS_NUMBER=num_pairs is not None, BLOCK=BLOCK,
+        HAS_NUMBER=num_pairs is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return loss, per_pair, grads

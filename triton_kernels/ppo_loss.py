@@ -7,7 +7,7 @@ import triton.language as tl
 from hpsafety.triton_kernels.counts import inverse_count
 from hpsafety.triton_kernels.launch import launch
 
-SHARED_BYTES = (4096, 4096)  # a block's at most, on sm_80 and on sm_90
+SHARED_BYTES = (2048, 2048)  # a block's at most, on sm_80 and on sm_90
 BLOCK = 512  # tokens of a program
 PARTIALS = 256  # at a time
 # Rows of the partial sums (7, programs) in fp64.

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from hpsafety.triton_kernels.launch import launch
 
-SHARED_BYTES = (512, 512)  # a block's at most, on sm_80 and on sm_90
+SHARED_BYTES = (32, 32)  # a block's at most, on sm_80 and on sm_90
 COLUMNS = 1024  # of a row at a time
 RESPONSES = 1024  # whitened at a time
 MEMBERS = 64  # of a group at a time
@@ -62,7 +62,7 @@ def _whiten(z_ptr, out_ptr, responses, BLOCK: tl.constexpr):
     low, high = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
     for start in range(0, responses, BLOCK):
-        at = start.to(tl.int64) + tl.arange(0, BLOCK)
+        at = tl.arange(0, BLOCK).to(tl.int64) + start
         inside = at < responses
         z = tl.load(z_ptr + at, mask=inside, other=0.0)
         off = tl.where(inside, z.to(tl.float64) - first, 0.0)
@@ -75,7 +75,7 @@ def _whiten(z_ptr, out_ptr, responses, BLOCK: tl.constexpr):
     scale = tl.sqrt(tl.where(variance < 0.0, 0.0, variance)) + 1e-8
     equal = (tl.min(low, 0) >= tl.max(high, 0)) & (tl.sum(bad, 0) == 0)
     for start in range(0, responses, BLOCK):
-        at = start.to(tl.int64) + tl.arange(0, BLOCK)
+        at = tl.arange(0, BLOCK).to(tl.int64) + start
         inside = at < responses
         off = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float64) - first
         tl.store(out_ptr + at, tl.where(equal, 0.0, (off - mean) / scale).to(tl.float32), mask=inside)

@@ -108,9 +108,7 @@ class Audit:
                 outside &= ~inside
                 getattr(self, kind)(region, addresses[inside] - region.base, size)
         if outside.any():
-            self.report(
-                f"program {self.program}: {kind} outside of every tensor, {self._near(addresses[outside][0])}"
-            )
+            self.report(f"program {self.program}: {kind} outside of every tensor, {self._near(addresses[outside][0])}")
 
     def _near(self, address: int) -> str:
         def off(region):
@@ -150,11 +148,7 @@ class Audit:
         if region.by_atomic[at].any():
             self.report(f"program {self.program} stores {region.name} where another access is atomic")
         for byte in range(size):
-            region.writer[at + byte], region.known[at + byte], region.stored[at + byte] = (
-                self.program,
-                True,
-                True,
-            )
+            region.writer[at + byte], region.known[at + byte], region.stored[at + byte] = self.program, True, True
 
     def atomic(self, region: Region, at, size: int) -> None:
         region.traffic.atomic_bytes += at.size * size
@@ -209,21 +203,17 @@ class audit:
         replace("create_masked_store", watch("store", True))
         replace(
             "create_atomic_rmw",
-            lambda stock_method: (
-                lambda this, op, pointer, value, mask, *rest: (
-                    seen.access(pointer.data, mask.data, size(pointer), "atomic"),
-                    stock_method(this, op, pointer, value, mask, *rest),
-                )[1]
-            ),
+            lambda stock_method: lambda this, op, pointer, value, mask, *rest: (
+                seen.access(pointer.data, mask.data, size(pointer), "atomic"),
+                stock_method(this, op, pointer, value, mask, *rest),
+            )[1],
         )
         replace(
             "create_atomic_cas",
-            lambda stock_method: (
-                lambda this, pointer, *rest: (
-                    seen.access(pointer.data, None, size(pointer), "atomic"),
-                    stock_method(this, pointer, *rest),
-                )[1]
-            ),
+            lambda stock_method: lambda this, pointer, *rest: (
+                seen.access(pointer.data, None, size(pointer), "atomic"),
+                stock_method(this, pointer, *rest),
+            )[1],
         )
         replace(
             "set_grid_dim",

@@ -34,9 +34,7 @@ def test_bf16_dots_multiply_numbers():
 
 
 def test_fp32_rounds_to_nearest_even():
-    halfway = torch.tensor([0x3F808000, 0x3F818000, 0x3F80FFFF, 0x7F7FFFFF], dtype=torch.int32).view(
-        torch.float32
-    )
+    halfway = torch.tensor([0x3F808000, 0x3F818000, 0x3F80FFFF, 0x7F7FFFFF], dtype=torch.int32).view(torch.float32)
     x = torch.cat([halfway, torch.tensor([0.0, -0.0, torch.inf, -torch.inf]), torch.randn(120)])
     y = torch.empty(128, dtype=torch.bfloat16)
     _copy[(1,)](x, y, N=128)
