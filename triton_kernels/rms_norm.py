@@ -44,7 +44,7 @@ def rms_norm_backward_rows(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
     for row in range(first, tl.minimum(first + ROWS, rows)):
-        at = row * d + column
+        at = tl.cast(row, tl.int64) * d + column
         rstd = tl.load(rstd_ptr + row)
         xhat = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)

@@ -74,7 +74,8 @@ def adamw_(
     grad_norm   0-dim fp32 or fp64 tensor: the gradient's norm over all parameters and ranks
     max_norm    gradients are scaled by min(1, max_norm / (grad_norm + 1e-6)); 0, negative or inf: no clipping
     copies      list of bf16 tensors like params that get the new values, rounded to nearest even; or None
-    When grad_norm is not finite nothing is written and step stays. No host synchronisation.
+    When grad_norm is not finite nothing is written and step stays. No host synchronisation; in Triton two launches,
+    three with gradients of both dtypes, for any number of tensors.
     Raises ValueError on lists that do not fit and on tensors that are not contiguous or overlap in memory.
     """
     check(all(p.dtype == torch.float32 for p in params), "adamw_: params must be float32")
@@ -116,7 +117,8 @@ def grad_norm_sq(grads, *, impl=None):
     """The sum of squares over all tensors: what a rank adds to the global gradient norm.
 
     grads    list of fp32 or bf16 tensors
-    returns  0-dim fp64 tensor, summed in fp64 over fixed blocks: the same bits for any number of threads
+    returns  0-dim fp64 tensor, summed in fp64 over fixed blocks: the same bits for any number of threads, and in
+             every run of one backend
     Raises ValueError on another dtype.
     """
     for i, grad in enumerate(grads):

@@ -152,7 +152,8 @@ def rope(q, k, positions, cos, sin, *, impl=None):
     cos, sin   (max_pos, K/2) fp32; no gradient flows to them
     returns    q, k: fresh, contiguous; the arithmetic is fp32
     NaN and inf stay in their pair.
-    Raises ValueError on shapes, dtypes or devices that do not fit and on positions out of range.
+    Raises ValueError on shapes, dtypes or devices that do not fit, and on positions out of range: of CUDA tensors
+    these are read with HPSAFETY_CHECK=1 alone.
     """
     _check_heads("rope", q, k)
     impl = backends.resolve("rope", impl, BACKENDS, q.device.type)
