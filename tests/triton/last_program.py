@@ -3,10 +3,15 @@
 import mmap
 from unittest import mock
 
+import pytest
 import torch
 import triton.runtime.interpreter as stock
 
-from hpsafety.triton_kernels.launch import launch
+from hpsafety.triton_kernels.launch import INTERPRETED, launch
+
+needs_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason="watches the interpreter; the kernels run on a GPU here"
+)
 
 
 def last_program(kernel, programs, *arguments, **options) -> None:

@@ -5,11 +5,10 @@ import torch
 
 from hpsafety import ops, reference
 from hpsafety.triton_kernels import accumulate as kernels
-from hpsafety.triton_kernels import launch
 from tests.ops.forms import PAST_INT32, lazy_zeros
 from tests.triton.audit import audit
 from tests.triton.device import DEVICE
-from tests.triton.last_program import last_program
+from tests.triton.last_program import last_program, needs_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -51,6 +50,7 @@ def test_nan_and_inf_propagate():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@needs_interpreter
 def test_memory_and_traffic(monkeypatch, dtype):
     """Each element is read once and written once."""
     monkeypatch.setattr(kernels, "BLOCK", 32)
@@ -67,7 +67,7 @@ def test_memory_and_traffic(monkeypatch, dtype):
         assert seen.traffic["grad"].load_bytes == grad.nbytes
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="runs one program alone")
+@needs_interpreter
 def test_offsets_past_32_bits(monkeypatch):
     """The last program of 2^31 elements, in memory of which nothing else is touched."""
     monkeypatch.setattr(kernels, "launch", last_program)

@@ -15,7 +15,7 @@ from tests.ops.test_adamw import SETTINGS, copy_of, flat, make_grads, make_state
 from tests.ops.test_adamw import SHAPES as ITS_SHAPES
 from tests.triton.audit import audit
 from tests.triton.device import DEVICE
-from tests.triton.last_program import last_program
+from tests.triton.last_program import last_program, needs_interpreter
 
 SHAPES = [(3, 5), (1,), (0, 4), (65,), (16, 4), (7, 1, 9), (200,)]
 KINDS = ("params", "exp_avg", "exp_avg_sq")
@@ -140,6 +140,7 @@ def test_a_tensor_is_updated_alike_wherever_it_stands():
         assert torch.equal(torch.cat(parts[name]), whole[name][0]), name
 
 
+@needs_interpreter
 def test_memory_traffic_and_launches():
     """28 bytes a parameter, each once, in any order of the programs; the tables are built once."""
     shapes = [(3, 50), (1,), (64,), (257,)]
@@ -199,6 +200,7 @@ def test_grad_norm_sq(dtype):
     assert math.isclose(float(ops.grad_norm_sq([huge.to(DEVICE)], impl="triton")), expected, rel_tol=1e-14)
 
 
+@needs_interpreter
 def test_memory_of_grad_norm_sq():
     grads, results = [g for g in make_grads(0, shapes=SHAPES)], []
     grads.append(torch.ones(70).bfloat16())
@@ -216,7 +218,7 @@ def test_memory_of_grad_norm_sq():
     assert torch.equal(*results)
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="runs one program alone")
+@needs_interpreter
 def test_offsets_past_32_bits(monkeypatch):
     """The last chunk of tensors of 2^31 elements, in memory of which nothing else is touched."""
     for module in (kernels, norm_kernels):

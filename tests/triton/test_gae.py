@@ -13,7 +13,7 @@ from tests.ops.forms import PAST_INT32, lazy_zeros
 from tests.ops.test_gae import assert_rounded, make_inputs, sequential
 from tests.triton.audit import audit
 from tests.triton.device import check_triton, place
-from tests.triton.last_program import last_program
+from tests.triton.last_program import last_program, needs_interpreter
 
 BLOCK = 16
 
@@ -100,6 +100,7 @@ def test_non_contiguous_and_int64():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@needs_interpreter
 def test_memory_and_traffic(dtype):
     """Rewards and values are read once, advantages and returns written once, in any order of the programs."""
     args, found = make_inputs([1, 33, 16], dtype), []
@@ -122,7 +123,7 @@ def test_more_responses_than_65535():
     assert [x.programs for x in launches] == [count]
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="runs one program alone")
+@needs_interpreter
 def test_offsets_past_32_bits(monkeypatch):
     """The last of 65,537 responses, behind 2^31 tokens, in memory of which nothing else is touched."""
     args = make_inputs([40])

@@ -13,7 +13,7 @@ from tests.ops.oracle import run_with_grads
 from tests.ops.test_pair_loss import GRADS, make_inputs
 from tests.triton.audit import audit
 from tests.triton.device import DEVICE, check_triton, place
-from tests.triton.last_program import reserved
+from tests.triton.last_program import needs_interpreter, reserved
 
 DTYPES = [torch.float32, torch.bfloat16]
 BLOCK = 64
@@ -132,6 +132,7 @@ def test_non_contiguous():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@needs_interpreter
 def test_memory_and_traffic(dtype):
     """One launch; each row is read once, both gradients are written once."""
     p = 2 * BLOCK + 5
@@ -148,7 +149,7 @@ def test_memory_and_traffic(dtype):
     assert seen.traffic["new2"].store_bytes == seen.traffic["new2"].store_unique == grads.nbytes
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="runs one block alone")
+@needs_interpreter
 def test_offsets_past_32_bits(monkeypatch):
     """The last block of 2^31 pairs, run alone; the second row of gradients stands behind twice that."""
     row, grads = reserved(PAST_INT32), reserved(2, PAST_INT32)

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from hpsafety import ops
-from hpsafety.triton_kernels import launch
 from hpsafety.triton_kernels import ppo_loss as kernels
 from tests.ops.forms import PAST_INT32
 from tests.ops.oracle import run_with_grads
 from tests.ops.test_ppo_loss import GRADS, make_inputs
 from tests.triton.audit import audit
 from tests.triton.device import DEVICE, check_triton, place
-from tests.triton.last_program import last_program, reserved
+from tests.triton.last_program import last_program, needs_interpreter, reserved
 
 DTYPES = [torch.float32, torch.bfloat16]
 BLOCK = 64
@@ -181,6 +180,7 @@ def test_non_contiguous():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@needs_interpreter
 def test_memory_and_traffic(dtype):
     """Of a token 25 bytes in fp32 (29 with entropy) are read once, and 8 (12) written once, in any order."""
     n, found = 3 * BLOCK + 5, []
@@ -200,7 +200,7 @@ def test_memory_and_traffic(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="runs one program alone")
+@needs_interpreter
 def test_offsets_past_32_bits():
     """The last program of 2^31 tokens (and gradients beyond twice that), where nothing else is touched."""
     row, mask = reserved(PAST_INT32), reserved(PAST_INT32 // 4).view(torch.bool)

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from hpsafety import ops
-from hpsafety.triton_kernels import launch
 from hpsafety.triton_kernels import rms_norm as kernels
 from tests.ops.forms import PAST_INT32, lazy_zeros
 from tests.ops.test_rms_norm import make_inputs
 from tests.triton.audit import audit
 from tests.triton.device import check_triton, place
-from tests.triton.last_program import last_program
+from tests.triton.last_program import last_program, needs_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -42,6 +41,7 @@ def test_bad_rows_stay_alone(bad):
     assert torch.equal(out[rest], clean[rest]) and out[3, 5].isnan()
 
 
+@needs_interpreter
 def test_memory_and_traffic():
     """Forward: x, residual, weight read once, y and the sum written once; backward: partials are 4 % more."""
     args = make_inputs(70, 96, torch.bfloat16, residual=True)
@@ -59,6 +59,7 @@ def test_memory_and_traffic():
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
+@needs_interpreter
 def test_memory_of_backward():
     args = make_inputs(70, 96, torch.bfloat16)
     x, weight = args["x"], args["weight"]
@@ -72,7 +73,7 @@ def test_memory_of_backward():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="runs one program alone")
+@needs_interpreter
 def test_offsets_past_32_bits(monkeypatch):
     """The last rows of 2^31 elements, in memory of which nothing else is touched."""
     d = 2**16

@@ -12,6 +12,7 @@ from tests.ops.forms import PAST_INT32, lazy_zeros
 from tests.ops.test_rope import make_inputs, make_qkv_inputs
 from tests.triton.audit import audit
 from tests.triton.device import DEVICE, check_triton, place
+from tests.triton.last_program import needs_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -94,6 +95,7 @@ def test_positions_out_of_range():
             ops.rope(**args, impl="triton")
 
 
+@needs_interpreter
 def test_in_place():
     args = place(make_inputs(6, 4, 2, 16))
     q, k = ops.rope(**args, impl="triton")
@@ -109,6 +111,7 @@ def test_in_place():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@needs_interpreter
 def test_memory_and_traffic(small_tiles, dtype):
     """q, k and v are read once and written once, and each token's row of the tables once, in one launch."""
     t, g, j, size = 5, 2, 3, 20
@@ -133,6 +136,7 @@ def test_memory_and_traffic(small_tiles, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@needs_interpreter
 def test_offsets_past_32_bits(dtype):
     """Keys in pages that far apart: offsets of tokens, and of heads, pass 2^31 elements, read and written."""
     storage = lazy_zeros(PAST_INT32 + 16, dtype)

@@ -5,13 +5,12 @@ import torch
 
 from hpsafety import ops, reference
 from hpsafety.triton_kernels import swiglu as kernels
-from hpsafety.triton_kernels.launch import INTERPRETED
 from tests.ops.forms import PAST_INT32, lazy_zeros
 from tests.ops.oracle import run_with_grads
 from tests.ops.test_swiglu import make_inputs
 from tests.triton.audit import audit
 from tests.triton.device import DEVICE, check_triton, place
-from tests.triton.last_program import last_program
+from tests.triton.last_program import last_program, needs_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -71,6 +70,7 @@ def test_strided_input_and_gradient():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t, f", [(5, 70), (17, 3)])
+@needs_interpreter
 def test_memory_and_traffic(small_tiles, dtype, t, f):
     """Every byte is read once and written once, in any order of the programs; y has the forward's bits."""
     gate_up = make_inputs(t, f, dtype)["gate_up"]
@@ -93,7 +93,7 @@ def test_memory_and_traffic(small_tiles, dtype, t, f):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs one program alone")
+@needs_interpreter
 def test_offsets_past_32_bits(monkeypatch):
     """The last row of 2^31 elements, in memory of which nothing else is touched."""
     f = 2**15
