@@ -19,8 +19,7 @@ def _softplus(x):
     e = tl.exp(-tl.abs(x))
     t = e / (2.0 + e)
     s = t * t
-    series = s * (1.0 / 15) + 1.0 / 13
-    series = series * s + 1.0 / 11
+    series = s * (1.0 / 13) + 1.0 / 11
     series = series * s + 1.0 / 9
     series = series * s + 1.0 / 7
     series = series * s + 1.0 / 5
