@@ -9,7 +9,7 @@ from hpsafety import reference
 from hpsafety.ops import backends
 from hpsafety.ops.registration import check
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 
 
 @torch.no_grad()
@@ -36,4 +36,5 @@ def accumulate_(total, grad, *, impl=None):
     if impl == "reference":
         total.copy_(reference.accumulate(total, grad))
         return
-    backends.cpu().accumulate_(total, grad.contiguous())
+    run = backends.triton("accumulate") if impl == "triton" else backends.cpu()
+    run.accumulate_(total, grad.contiguous())

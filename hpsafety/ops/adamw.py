@@ -9,8 +9,8 @@ from hpsafety import reference
 from hpsafety.ops import apex_backend, backends
 from hpsafety.ops.registration import check
 
-BACKENDS = ("cpu", "apex")
-NORM_BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton", "apex")
+NORM_BACKENDS = ("cpu", "triton")
 GRAD_DTYPES = (torch.float32, torch.bfloat16)
 LOW_DTYPES = (torch.bfloat16,)
 
@@ -74,7 +74,8 @@ def adamw_(
     grad_norm   0-dim fp32 or fp64 tensor: the gradient's norm over all parameters and ranks
     max_norm    gradients are scaled by min(1, max_norm / (grad_norm + 1e-6)); 0, negative or inf: no clipping
     copies      list of bf16 tensors like params that get the new values, rounded to nearest even; or None
-    When grad_norm is not finite nothing is written and step stays. No host synchronisation.
+    When grad_norm is not finite nothing is written and step stays. No host synchronisation; in Triton two launches,
+    three with gradients of both dtypes, for any number of tensors.
     Raises ValueError on lists that do not fit and on tensors that are not contiguous or overlap in memory.
     """
     check(all(p.dtype == torch.float32 for p in params), "adamw_: params must be float32")
@@ -103,7 +104,11 @@ def adamw_(
         for old, fresh in zip(written, [*new[0], *new[1], *new[2], new[3], *copied], strict=True):
             old.copy_(fresh)
         return
-    run = apex_backend.adamw_ if impl == "apex" else backends.cpu().adamw_
+    run = {
+        "cpu": lambda *args: backends.cpu().adamw_(*args),
+        "triton": lambda *args: backends.triton("adamw").adamw_(*args),
+        "apex": apex_backend.adamw_,
+    }[impl]
     run(params, grads, exp_avg, exp_avg_sq, lr, *betas, eps, weight_decay, step, grad_norm, max_norm, copies)
 
 
@@ -112,7 +117,8 @@ def grad_norm_sq(grads, *, impl=None):
     """The sum of squares over all tensors: what a rank adds to the global gradient norm.
 
     grads    list of fp32 or bf16 tensors
-    returns  0-dim fp64 tensor, summed in fp64 over fixed blocks: the same bits for any number of threads
+    returns  0-dim fp64 tensor, summed in fp64 over fixed blocks: the same bits for any number of threads, and in
+             every run of one backend
     Raises ValueError on another dtype.
     """
     for i, grad in enumerate(grads):
@@ -122,4 +128,4 @@ def grad_norm_sq(grads, *, impl=None):
     impl = backends.resolve("grad_norm_sq", impl, NORM_BACKENDS, device)
     if impl == "reference" or not grads:
         return reference.grad_norm_sq(grads)
-    return backends.cpu().grad_norm_sq(grads)
+    return (backends.triton("grad_norm_sq") if impl == "triton" else backends.cpu()).grad_norm_sq(grads)

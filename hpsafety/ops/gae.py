@@ -7,7 +7,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import check_offsets, check_rows
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 
 
 def _fake(rewards, values, cu_responses, gamma, lam):
@@ -19,7 +19,10 @@ def _fake(rewards, values, cu_responses, gamma, lam):
 _op = Op(
     "gae",
     "(Tensor rewards, Tensor values, Tensor cu_responses, float gamma, float lam) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().gae(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().gae(*args),
+        "triton": lambda *args: backends.triton("gae").gae(*args),
+    },
     _fake,
 )
 

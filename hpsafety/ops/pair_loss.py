@@ -9,7 +9,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import check_rows, denominator, values_readable
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 
 
 def _fake(chosen, rejected, *_):
@@ -42,7 +42,10 @@ _op = Op(
     "pair_loss",
     "(Tensor chosen, Tensor rejected, Tensor? margin, float margin_value, Tensor? safe_chosen, Tensor? safe_rejected,"
     " float aux_weight, float? num_pairs, Tensor? num_pairs_tensor) -> (Tensor, Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().pair_loss(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().pair_loss(*args),
+        "triton": lambda *args: backends.triton("pair_loss").pair_loss(*args),
+    },
     _fake,
     _setup_context,
     _backward,

@@ -10,7 +10,7 @@ from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import check_rows, denominator
 from hpsafety.reference.ppo_loss import PPOLoss
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 _NUM_INPUTS = 15  # of the custom op, impl included
 _VALUES, _ENTROPY = 3, 7  # positions of these inputs
 
@@ -46,7 +46,10 @@ _op = Op(
     "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor values, Tensor old_values, Tensor returns,"
     " Tensor mask, Tensor? entropy, float clip_ratio, float value_clip, float value_coef, float entropy_coef,"
     " float? num_tokens, Tensor? num_tokens_tensor) -> (Tensor, Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().ppo_loss(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().ppo_loss(*args),
+        "triton": lambda *args: backends.triton("ppo_loss").ppo_loss(*args),
+    },
     _fake,
     _setup_context,
     _backward,

@@ -10,7 +10,7 @@ from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import check_offsets, check_rows, values_readable
 from hpsafety.reference.reward_score import RewardScore
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 
 
 def _fake(hidden_safety, hidden_helpful, last_rows, head_safety, head_helpful, is_safety, cu_groups, *_):
@@ -25,7 +25,10 @@ _op = Op(
     "(Tensor hidden_safety, Tensor hidden_helpful, Tensor last_rows, Tensor head_safety, Tensor head_helpful,"
     " Tensor is_safety, Tensor cu_groups, Tensor? norm_safety, Tensor? norm_helpful, float eps, float threshold)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().reward_score(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().reward_score(*args),
+        "triton": lambda *args: backends.triton("reward_score").reward_score(*args),
+    },
     _fake,
 )
 

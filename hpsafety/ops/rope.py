@@ -8,8 +8,9 @@ import torch
 from hpsafety import reference
 from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
+from hpsafety.ops.rows import values_readable
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -35,7 +36,7 @@ def _backward(ctx, grad_q, grad_k):
 _op = Op(
     "rope",
     "(Tensor q, Tensor k, Tensor positions, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
-    {"cpu": _cpu},
+    {"cpu": _cpu, "triton": lambda *args: backends.triton("rope").rope(*args)},
     _fake,
     _setup_context,
     _backward,
@@ -74,7 +75,7 @@ def _cpu_qkv_backward(grad_q, grad_k, grad_v, positions, cos, sin):
 _qkv_backward_op = Op(
     "rope_qkv_backward",
     "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor positions, Tensor cos, Tensor sin) -> Tensor",
-    {"cpu": _cpu_qkv_backward},
+    {"cpu": _cpu_qkv_backward, "triton": lambda *args: backends.triton("rope_qkv").rope_qkv_backward(*args)},
     lambda grad_q, grad_k, *_: grad_q.new_empty(_grad_shape(grad_q, grad_k)),
 )
 
@@ -91,7 +92,7 @@ def _backward_qkv(ctx, grad_q, grad_k, grad_v):  # autograd hands over zeros for
 _qkv_op = Op(
     "rope_qkv",
     "(Tensor qkv, Tensor positions, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
-    {"cpu": _cpu_qkv},
+    {"cpu": _cpu_qkv, "triton": lambda *args: backends.triton("rope_qkv").rope_qkv(*args)},
     _fake_qkv,
     _setup_context_qkv,
     _backward_qkv,
@@ -123,7 +124,7 @@ def _check_tables(op, x, positions, cos, sin, impl):
             cos.dtype == torch.float32 and sin.dtype == torch.float32,
             "{}: cos and sin must be float32, got {} and {}", op, cos.dtype, sin.dtype,
         )  # fmt: skip
-    elif t and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if impl != "cpu" and t and values_readable(positions):
         low, high = positions.aminmax()
         check(
             0 <= int(low) and int(high) < cos.shape[0],
@@ -151,7 +152,8 @@ def rope(q, k, positions, cos, sin, *, impl=None):
     cos, sin   (max_pos, K/2) fp32; no gradient flows to them
     returns    q, k: fresh, contiguous; the arithmetic is fp32
     NaN and inf stay in their pair.
-    Raises ValueError on shapes, dtypes or devices that do not fit and on positions out of range.
+    Raises ValueError on shapes, dtypes or devices that do not fit, and on positions out of range: of CUDA tensors
+    these are read with HPSAFETY_CHECK=1 alone.
     """
     _check_heads("rope", q, k)
     impl = backends.resolve("rope", impl, BACKENDS, q.device.type)
@@ -182,7 +184,10 @@ def rope_(q, k, positions, cos, sin, *, impl=None):
     if impl == "reference":
         q_out, k_out = reference.rope(q, k, positions, cos, sin)
         return q.copy_(q_out), k.copy_(k_out)
-    backends.cpu().rope_(q, k, None, positions, cos, sin, False, q, k, None)
+    if impl == "triton":
+        backends.triton("rope").rope_(q, k, positions, cos, sin)
+    else:
+        backends.cpu().rope_(q, k, None, positions, cos, sin, False, q, k, None)
     return q, k
 
 

@@ -6,7 +6,7 @@ from hpsafety import reference
 from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -22,7 +22,10 @@ def _fake_backward(grad, gate_up):
 backward_op = Op(
     "swiglu_backward",
     "(Tensor grad, Tensor gate_up) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().swiglu_backward(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().swiglu_backward(*args),
+        "triton": lambda *args: backends.triton("swiglu").swiglu_backward(*args),
+    },
     _fake_backward,
 )
 
@@ -39,7 +42,10 @@ def _backward(ctx, grad):
 forward_op = Op(
     "swiglu",
     "(Tensor gate_up) -> Tensor",
-    {"cpu": lambda *args: backends.cpu().swiglu(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().swiglu(*args),
+        "triton": lambda *args: backends.triton("swiglu").swiglu(*args),
+    },
     _fake,
     _setup_context,
     _backward,

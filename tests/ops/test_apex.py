@@ -215,7 +215,8 @@ def test_reasons(monkeypatch, tmp_path):
     monkeypatch.setattr(apex_backend, "functions", KERNELS.get)
     apex_backend.missing.cache_clear()
     assert why() is None and why("rms_norm") is None
-    assert backends.resolve("adamw_", None, BACKENDS, "cuda") == "apex"
+    assert backends.resolve("adamw_", None, ("cpu", "apex"), "cuda") == "apex"
+    assert backends.resolve("adamw_", None, BACKENDS, "cuda") == "triton", "our own serve before a package's"
     assert backends.resolve("adamw_", None, BACKENDS, "cpu") == "cpu"
     apex_backend.missing.cache_clear()
 
