@@ -168,10 +168,10 @@ def attend_own(
     out = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     if CARRY:
         group = tl.load(group_of_ptr + b)
-        before = tl.load(prefix_lens_ptr + group) > 0
-        top = tl.load(top_ptr + state, mask=inside & before, other=float("-inf"))
-        total = tl.load(total_ptr + state, mask=inside & before, other=0.0)
-        out = tl.load(out_ptr + state[:, None] * DIM + column, mask=mask & before, other=0.0)
+        there = row < tl.where(tl.load(prefix_lens_ptr + group) > 0, HEADS, 0)
+        top = tl.load(top_ptr + state, mask=there, other=float("-inf"))
+        total = tl.load(total_ptr + state, mask=there, other=0.0)
+        out = tl.load(out_ptr + state[:, None] * DIM + column, mask=mask & there[:, None], other=0.0)
     top, total, out = attend(
         q, top, total, out, k_ptr + head * k_head, v_ptr + head * v_head, table_ptr + b * columns, key0, end,
         k_page, k_slot, v_page, v_slot, scale, PAGE, DIM, BLOCK_DIM, KEYS,
@@ -211,10 +211,11 @@ def combine(
     y = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     for i in range(0, splits):
         state = query * slots + tl.where(i < prefix_splits, i, slot0 + i - prefix_splits)
-        factor = tl.exp2(tl.load(top_ptr + state, mask=inside, other=0.0) - top)  # all -inf: NaN, as softmax is
+        # all of them -inf: NaN, as softmax is
+        factor = tl.exp2(tl.load(top_ptr + state, mask=inside, other=0.0) - top)
         total += factor * tl.load(total_ptr + state, mask=inside, other=0.0)
         y += factor[:, None] * tl.load(out_ptr + state[:, None] * DIM + column, mask=mask, other=0.0)
-    share = tl.div_rn(1.0, tl.where(splits > 0, total, 1.0))
+    share = tl.div_rn(1.0, tl.where(total == 0.0, 1.0, total))  # 0: no token
     tl.store(y_ptr + query[:, None] * DIM + column, y * share[:, None], mask=mask)
 
 
@@ -238,7 +239,7 @@ def _config(dim: int, heads: int, dtype: torch.dtype) -> dict:
 
 def paged_attention(
     q, k_pages, v_pages, block_table, context_lens, prefix_table, prefix_lens, group_of, softmax_scale, sequential
-):
+):  # fmt: skip
     """(B, H, K); arguments as in hpsafety::paged_attention."""
     if (k_pages.stride(3), v_pages.stride(3)) != (1, 1) and q.shape[2] > 1:
         raise ValueError(

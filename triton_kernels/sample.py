@@ -70,7 +70,7 @@ def allows(key, word, border_key, border_word):
     return (key > border_key) | ((key == border_key) & (word <= border_word))
 
 
-@triton.jit(do_not_specialize=["words", "chunks"])
+@triton.jit
 def row_maxima(logits_ptr, maxima_ptr, bad_ptr, stride, words, chunks, CHUNK: tl.constexpr):
     row = (tl.program_id(0) // chunks).to(tl.int64)
     word = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
@@ -83,7 +83,7 @@ def row_maxima(logits_ptr, maxima_ptr, bad_ptr, stride, words, chunks, CHUNK: tl
 # ---- the borders of top-k and top-p ----
 
 
-@triton.jit(do_not_specialize=["words", "chunks"])
+@triton.jit
 def slice_weights(
     logits_ptr, maxima_ptr, bad_ptr, border_ptr, weights_ptr, counts_ptr, stride, words, chunks, scale,
     MASSES: tl.constexpr, BORDER: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr,
@@ -107,7 +107,9 @@ def slice_weights(
 
 
 @triton.jit
-def target_slice(weights_ptr, row, chunks, target, MASSES: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr):
+def target_slice(
+    weights_ptr, row, chunks, target, MASSES: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr
+):
     """(the slice in which the row's weights reach the target, what is left of the target in it)."""
     chunk, i = tl.arange(0, CHUNKS)[:, None], tl.arange(0, SLICES)
     at = (row * chunks + chunk) * SLICES + i[None, :]
@@ -119,7 +121,7 @@ def target_slice(weights_ptr, row, chunks, target, MASSES: tl.constexpr, CHUNKS:
     return found, target - tl.sum(tl.where(i < found, sums, 0), 0)
 
 
-@triton.jit(do_not_specialize=["words", "chunks", "target"])
+@triton.jit(do_not_specialize=["target"])
 def collect(
     logits_ptr, maxima_ptr, bad_ptr, border_ptr, weights_ptr, counts_ptr, list_ptr, stride, words, chunks, scale,
     target, MASSES: tl.constexpr, BORDER: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -163,7 +165,7 @@ def candidates(
     return word, x, key, mask
 
 
-@triton.jit(do_not_specialize=["words", "chunks", "target"])
+@triton.jit(do_not_specialize=["target"])
 def find_border(
     logits_ptr, maxima_ptr, bad_ptr, border_ptr, weights_ptr, counts_ptr, list_ptr, new_border_ptr, stride, words,
     chunks, scale, target, MASSES: tl.constexpr, BORDER: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr,
@@ -185,7 +187,7 @@ def find_border(
     list_ptr += row * LIST
     low, high = tl.full([], 2147483647, tl.int64), tl.full([], -2147483648, tl.int64)
     for first in range(0, count, BLOCK):
-        _, _, key, is_one = candidates(
+        word, x, key, is_one = candidates(
             logits_ptr, list_ptr, first, count, listed, top, broken, scale, found, border_key, border_word, BORDER,
             BLOCK,
         )  # fmt: skip
@@ -196,7 +198,7 @@ def find_border(
         middle = high - ((high - low) >> 1)
         weight = tl.full([], 0, tl.int64)
         for first in range(0, count, BLOCK):
-            _, x, key, is_one = candidates(
+            word, x, key, is_one = candidates(
                 logits_ptr, list_ptr, first, count, listed, top, broken, scale, found, border_key, border_word, BORDER,
                 BLOCK,
             )  # fmt: skip
@@ -211,13 +213,13 @@ def find_border(
             high, above = middle - 1, weight
     equals = left - above  # of those with the border's key, by index
     if MASSES:
-        x = low.to(tl.int32)
-        x = (x ^ ((x >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        mass = mass_of((x - top) * scale)
+        bits = low.to(tl.int32)
+        last_x = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        mass = mass_of((last_x - top) * scale)
         equals = (equals + mass - 1) // mass
     seen, last = tl.full([], 0, tl.int32), tl.full([], -1, tl.int32)
     for first in range(0, count, BLOCK):
-        word, _, key, is_one = candidates(
+        word, x, key, is_one = candidates(
             logits_ptr, list_ptr, first, count, listed, top, broken, scale, found, border_key, border_word, BORDER,
             BLOCK,
         )  # fmt: skip
@@ -232,7 +234,7 @@ def find_border(
 # ---- the draw ----
 
 
-@triton.jit(do_not_specialize=["words", "chunks"])
+@triton.jit
 def draw(
     logits_ptr, maxima_ptr, bad_ptr, border_ptr, seeds_ptr, positions_ptr, totals_ptr, scores_ptr, tokens_ptr, stride,
     words, chunks, scale, GREEDY: tl.constexpr, BORDER: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -274,7 +276,7 @@ def draw(
     tl.store(tokens_ptr + tl.program_id(0), tl.min(tl.where(best == top_score, token, NO_INDEX), 0))
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
 def finish(
     logits_ptr, maxima_ptr, bad_ptr, totals_ptr, scores_ptr, tokens_ptr, token_ptr, logprob_ptr, stride, chunks, scale,
     CHUNKS: tl.constexpr,
@@ -320,9 +322,8 @@ def sample(logits, temperature, top_p, top_k, seeds, positions):
         return logits.new_empty(shape, dtype=dtype)
 
     maxima, bad = empty(torch.float32, rows, chunks), empty(torch.int32, rows, chunks)
-    launch(
-        row_maxima, programs, logits, maxima, bad, stride, words, chunks, CHUNK=chunk, num_warps=8, fp_fusion=False
-    )
+    first = {"CHUNK": chunk, "num_warps": 8, "fp_fusion": False}
+    launch(row_maxima, programs, logits, maxima, bad, stride, words, chunks, **first)
     border = None
 
     def next_border(target, masses):
@@ -331,13 +332,14 @@ def sample(logits, temperature, top_p, top_k, seeds, positions):
         words_of_slice, found = empty(torch.int32, rows, LIST), empty(torch.int32, rows, 2)
         common = size | {"MASSES": masses, "BORDER": border is not None, "SLICES": SLICES}
         row = (logits, maxima, bad, border, weights, counts)
-        launch(slice_weights, programs, *row, stride, words, chunks, scale, CHUNK=chunk, num_warps=8, **common)
+        numbers = (stride, words, chunks, scale)
+        launch(slice_weights, programs, *row, *numbers, CHUNK=chunk, num_warps=8, **common)
         launch(
-            collect, programs, *row, words_of_slice, stride, words, chunks, scale, target, CHUNK=chunk, LIST=LIST,
+            collect, programs, *row, words_of_slice, *numbers, target, CHUNK=chunk, LIST=LIST,
             num_warps=8, **common,
         )  # fmt: skip
         launch(
-            find_border, rows, *row, words_of_slice, found, stride, words, chunks, scale, target, LIST=LIST,
+            find_border, rows, *row, words_of_slice, found, *numbers, target, LIST=LIST,
             BLOCK=min(2048, chunk), num_warps=8, **common,
         )  # fmt: skip
         return found
@@ -353,7 +355,6 @@ def sample(logits, temperature, top_p, top_k, seeds, positions):
         scale, GREEDY=greedy, BORDER=border is not None, CHUNK=chunk, num_warps=8, **size,
     )  # fmt: skip
     tokens, logprobs = empty(torch.int64, rows), empty(torch.float32, rows)
-    launch(
-        finish, rows, logits, maxima, bad, totals, scores, best, tokens, logprobs, stride, chunks, scale, **size
-    )
+    partial = (logits, maxima, bad, totals, scores, best)
+    launch(finish, rows, *partial, tokens, logprobs, stride, chunks, scale, **size)
     return tokens, logprobs

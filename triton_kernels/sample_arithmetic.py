@@ -1,7 +1,7 @@
 """The arithmetic of sample, as hpsafety/reference/sample.py defines it: noise from Philox, log, and exp in fixed point.
 
-Every backend computes these bits: fp32 additions and multiplications, each rounded by itself and in this order, so every
-launch of a kernel that calls them has fp_fusion=False; and integers.
+Every backend computes these bits: fp32 additions and multiplications, each rounded by itself and in this order (every
+launch of a kernel that calls them has fp_fusion=False), and integers.
 """
 
 import triton
