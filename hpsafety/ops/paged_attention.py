@@ -7,15 +7,19 @@ import torch
 from hpsafety import reference
 from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
+from hpsafety.ops.rows import values_readable
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 MAX_HEAD_DIM = 256
 
 _op = Op(
     "paged_attention",
     "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor context_lens, Tensor? prefix_table,"
     " Tensor? prefix_lens, Tensor? group_of, float softmax_scale, bool sequential) -> Tensor",
-    {"cpu": lambda *args: backends.cpu().paged_attention(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().paged_attention(*args),
+        "triton": lambda *args: backends.triton("paged_attention").paged_attention(*args),
+    },
     lambda q, *_: q.new_empty(q.shape),
 )
 
@@ -73,6 +77,47 @@ def _check_pages(q, k_pages, v_pages):
         1 <= q.shape[2] <= MAX_HEAD_DIM,
         "paged_attention: head dim must be 1 to {}, got {}", MAX_HEAD_DIM, q.shape[2],
     )  # fmt: skip
+
+
+def _check_lengths(name, lens, table, page_size):
+    covered = table.shape[1] * page_size
+    wrong = (lens < 0) | (lens > covered)
+    if wrong.any():
+        i = int(wrong.int().argmax())
+        check(
+            False, "paged_attention: {}[{}] must lie in [0, {}], which {} pages of {} tokens cover, got {}",
+            name, i, covered, table.shape[1], page_size, int(lens[i]),
+        )  # fmt: skip
+
+
+def _check_used_pages(name, table, lens, page_size, pages):
+    used = torch.arange(table.shape[1], device=table.device) * page_size < lens[:, None]
+    wrong = used & ((table < 0) | (table >= pages))
+    if wrong.any():
+        row, i = wrong.nonzero()[0].tolist()
+        check(
+            False, "paged_attention: {}[{}][{}] must lie in [0, {}), got {}",
+            name, row, i, pages, int(table[row, i]),
+        )  # fmt: skip
+
+
+def _check_values(k_pages, block_table, context_lens, prefix):
+    """What the C++ kernel and the reference check by themselves. A group without members may have a stale table."""
+    pages, page_size = k_pages.shape[:2]
+    if prefix is not None:
+        table, lens, group_of = prefix
+        _check_lengths("prefix lens", lens, table, page_size)
+        wrong = (group_of < 0) | (group_of >= len(lens))
+        if wrong.any():
+            i = int(wrong.int().argmax())
+            check(
+                False, "paged_attention: group_of[{}] must lie in [0, {}), got {}",
+                i, len(lens), int(group_of[i]),
+            )  # fmt: skip
+        members = torch.bincount(group_of, minlength=len(lens))
+        _check_used_pages("prefix table", table, lens * (members > 0), page_size, pages)
+    _check_lengths("context_lens", context_lens, block_table, page_size)
+    _check_used_pages("block_table", block_table, context_lens, page_size, pages)
 
 
 def paged_attention(
@@ -140,6 +185,8 @@ def paged_attention(
         "paged_attention: k_pages and v_pages must have last stride 1, got {} and {}",
         k_pages.stride(-1), v_pages.stride(-1),
     )  # fmt: skip
+    if impl == "triton" and values_readable(q):
+        _check_values(k_pages, block_table, context_lens, prefix)
     table, lens, group_of = prefix or (None, None, None)
     args = (q, k_pages, v_pages, block_table, context_lens, table, lens, group_of)
     return _op(*args, softmax_scale, bool(sequential), impl)

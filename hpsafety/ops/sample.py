@@ -9,7 +9,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import values_readable
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 MAX_WORDS = 1 << 23  # masses are integers of up to 2^40 that must sum below 2^63
 
 
@@ -21,7 +21,10 @@ def _fake(logits, temperature, top_p, top_k, seeds, positions):
 _op = Op(
     "sample",
     "(Tensor logits, float temperature, float top_p, int top_k, Tensor seeds, Tensor positions) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().sample(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().sample(*args),
+        "triton": lambda *args: backends.triton("sample").sample(*args),
+    },
     _fake,
 )
 

@@ -108,8 +108,8 @@ def test_forced_and_default_backend(monkeypatch):
         ops.paged_attention(**args, impl=impl)
         counts.append(reference.calls["paged_attention"] - before)
     assert counts == [0, 0, 1]
-    with pytest.raises(backends.BackendUnavailable, match="has no triton backend"):
-        ops.paged_attention(**args, impl="triton")
+    with pytest.raises(backends.BackendUnavailable, match="has no cuda backend"):
+        ops.paged_attention(**args, impl="cuda")
 
 
 def test_refuses_where_a_gradient_would_flow():
