@@ -21,7 +21,10 @@ from hpsafety.triton_kernels.linear_tiles import (
     with_rows,
 )
 
-SHARED_BYTES = (98304, 147456)  # a block's at most, on sm_80 and on sm_90; tests/triton/test_static.py compares
+SHARED_BYTES = (
+    98304,
+    147456,
+)  # a block's at most, on sm_80 and on sm_90; tests/triton/test_static.py compares
 WORDS_PER_SPLIT = 1024
 MERGED_ROWS, MERGED_SPLITS = 32, 32
 
@@ -63,7 +66,19 @@ def linear_logprob_forward(
         if first < v:
             word = first + tl.arange(0, BLOCK_N).to(tl.int64)
             z = tile_logits(
-                x_ptr, row, row_mask, x_stride, w_ptr, word, word < v, w_stride, d, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_D
+                x_ptr,
+                row,
+                row_mask,
+                x_stride,
+                w_ptr,
+                word,
+                word < v,
+                w_stride,
+                d,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                EVEN_D,
             )
             z = tl.where((word < v)[None, :], z * alpha, float("-inf"))
             at_target = word[None, :] == target[:, None]
@@ -170,22 +185,26 @@ def linear_logprob(hidden, weight, targets, temperature, entropy):
 @triton.jit(do_not_specialize=["n", "first_row", "rows", "first_word", "words"])
 def logprob_dlogits(
     x_ptr, w_ptr, target_ptr, grad_ptr, grad_entropy_ptr, norm_ptr, entropy_ptr, index_ptr, count_ptr, dz_ptr,
-    n, first_row, rows, first_word, words, d, x_stride, w_stride, dz_stride, alpha,
+    n, first_row, rows, first_word, words, d, w_stride, dz_stride, alpha,
     ENTROPY: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dz = p (a + b (log p + H)), and -a more at the target, with a and b the row's gradients over -temperature."""
+    """dz = p (a + b (log p + H)), and -a more at the target, with a and b the row's gradients over -temperature.
+
+    x are the gathered rows; everything else of a row stands where index says.
+    """
     block, tile = grouped(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(words, BLOCK_N), GROUP)
     here = tl.minimum(tl.load(count_ptr) - first_row, rows)
     if block * BLOCK_M >= here:
         return
     place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = place < here
-    row = tl.load(index_ptr + first_row + place, mask=row_mask, other=0).to(tl.int64)
     word = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)  # of those from first_word on, as is w_ptr
     z = tile_logits(
-        x_ptr, row, row_mask, x_stride, w_ptr, word, word < words, w_stride, d, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_D
-    )
+        x_ptr, (first_row + place).to(tl.int64), row_mask, d, w_ptr, word, word < words, w_stride, d,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_D,
+    )  # fmt: skip
+    row = tl.load(index_ptr + first_row + place, mask=row_mask, other=0).to(tl.int64)
     m = tl.load(norm_ptr + row, mask=row_mask, other=0.0)
     log_s = tl.load(norm_ptr + n + row, mask=row_mask, other=0.0)
     target = tl.load(target_ptr + row, mask=row_mask, other=-1).to(tl.int64) - first_word
@@ -207,7 +226,12 @@ def linear_logprob_backward(
     grad, grad_entropy, hidden, weight, targets, norm, entropy, temperature, need_hidden, need_weight
 ):
     """(grad_hidden, grad_weight), empty where not wanted; rows whose incoming gradients are zero are left out."""
-    hidden, weight, targets, norm = with_rows(hidden), with_rows(weight), targets.contiguous(), norm.contiguous()
+    hidden, weight, targets, norm = (
+        with_rows(hidden),
+        with_rows(weight),
+        targets.contiguous(),
+        norm.contiguous(),
+    )
     grad = grad.to(torch.float32).contiguous()
     with_entropy = grad_entropy is not None
     grad_entropy = grad_entropy.to(torch.float32).contiguous() if with_entropy else None
@@ -215,11 +239,11 @@ def linear_logprob_backward(
     kept = kept_rows(grad, grad_entropy)
     (n, d), config = hidden.shape, tiles("logits", hidden)
 
-    def dlogits(dz, first_row, rows, first_word, words):
+    def dlogits(dz, gathered_hidden, first_row, rows, first_word, words):
         launch(
             logprob_dlogits, triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(words, config["BLOCK_N"]),
-            hidden, weight[first_word:], targets, grad, grad_entropy, norm, entropy, *kept, dz,
-            n, first_row, rows, first_word, words, d, hidden.stride(0), weight.stride(0), dz.stride(0),
+            gathered_hidden, weight.narrow(0, first_word, words), targets, grad, grad_entropy, norm, entropy, *kept, dz,
+            n, first_row, rows, first_word, words, d, weight.stride(0), dz.stride(0),
             1 / temperature, ENTROPY=with_entropy, EVEN_D=d % config["BLOCK_K"] == 0, GROUP=GROUP, **config,
         )  # fmt: skip
 
