@@ -85,35 +85,13 @@ def pair_forward(
             word = first + tl.arange(0, BLOCK_N).to(tl.int64)
             inside = word < v
             z_a = tile_logits(
-                a_ptr,
-                row,
-                row_mask,
-                a_stride,
-                a_w_ptr,
-                word,
-                inside,
-                a_w_stride,
-                d_a,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                EVEN_A,
-            )
+                a_ptr, row, row_mask, a_stride, a_w_ptr, word, inside, a_w_stride, d_a,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_A,
+            )  # fmt: skip
             z_b = tile_logits(
-                b_ptr,
-                row,
-                row_mask,
-                b_stride,
-                b_w_ptr,
-                word,
-                inside,
-                b_w_stride,
-                d_b,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                EVEN_B,
-            )
+                b_ptr, row, row_mask, b_stride, b_w_ptr, word, inside, b_w_stride, d_b,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_B,
+            )  # fmt: skip
             z_a = tl.where(inside[None, :], z_a * alpha, float("-inf"))
             z_b = tl.where(inside[None, :], z_b * alpha, float("-inf"))
             top_a = tl.maximum(m_a, tl.max(z_a, 1))
@@ -198,7 +176,7 @@ def merge_pairs(
 
 @triton.jit
 def load_norm(norm_ptr, n, row, mask):
-    """m and log s of the student and of the teacher, log s of the teacher over the student's (fp64), divergence (fp64)."""
+    """m and log s of student and teacher; log s of the teacher less the student's, and the divergence, in fp64."""
     size = tl.full([], 1, tl.int64) * n
     m_q = tl.load(norm_ptr + row, mask=mask, other=0.0).to(tl.float32)
     log_q = tl.load(norm_ptr + size + row, mask=mask, other=0.0)
@@ -228,35 +206,13 @@ def mean_forward(
             word = first + tl.arange(0, BLOCK_N).to(tl.int64)
             inside = word < v
             z_q = tile_logits(
-                q_ptr,
-                row,
-                row_mask,
-                q_stride,
-                q_w_ptr,
-                word,
-                inside,
-                q_w_stride,
-                d_q,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                EVEN_Q,
-            )
+                q_ptr, row, row_mask, q_stride, q_w_ptr, word, inside, q_w_stride, d_q,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_Q,
+            )  # fmt: skip
             z_p = tile_logits(
-                p_ptr,
-                row,
-                row_mask,
-                p_stride,
-                p_w_ptr,
-                word,
-                inside,
-                p_w_stride,
-                d_p,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                EVEN_P,
-            )
+                p_ptr, row, row_mask, p_stride, p_w_ptr, word, inside, p_w_stride, d_p,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_P,
+            )  # fmt: skip
             d_q_m = z_q * alpha - m_q[:, None]
             d_p_m = z_p * alpha - m_p[:, None]
             q = tl.where(inside[None, :], tl.exp(d_q_m - log_q[:, None]), 0.0)
@@ -313,35 +269,13 @@ def distill_dlogits(
     word = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     inside = word < words
     z_q = tile_logits(
-        q_ptr,
-        at_row,
-        row_mask,
-        d_q,
-        q_w_ptr,
-        word,
-        inside,
-        q_w_stride,
-        d_q,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN_Q,
-    )
+        q_ptr, at_row, row_mask, d_q, q_w_ptr, word, inside, q_w_stride, d_q,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_Q,
+    )  # fmt: skip
     z_p = tile_logits(
-        p_ptr,
-        at_row,
-        row_mask,
-        d_p,
-        p_w_ptr,
-        word,
-        inside,
-        p_w_stride,
-        d_p,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN_P,
-    )
+        p_ptr, at_row, row_mask, d_p, p_w_ptr, word, inside, p_w_stride, d_p,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_P,
+    )  # fmt: skip
     row = tl.load(index_ptr + at_row, mask=row_mask, other=0).to(tl.int64)
     g = tl.load(grad_ptr + row, mask=row_mask, other=0.0) * alpha
     m_q, log_q, m_p, log_p, shift, divergence = load_norm(norm_ptr, n, row, row_mask)

@@ -180,7 +180,7 @@ def weight_gradient(
     EVEN_WORDS: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dz^T (words, rows) @ x (rows, D), likewise; x are the gathered rows, sums and output start at the part's words."""
+    """dz^T (words, rows) @ x (rows, D), likewise; x are the gathered rows, sums and output the part's words."""
     block, part = grouped(tl.program_id(0), tl.cdiv(words, BLOCK_M), tl.cdiv(d, BLOCK_N), GROUP)
     here = tl.minimum(tl.load(count_ptr) - first_row, rows)
     word = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -240,9 +240,10 @@ def dz_part(item: int) -> tuple[int, int]:
 def linear_backward(dlogits, hidden, weight, kept, need_hidden: bool, need_weight: bool):
     """(grad_hidden, grad_weight) by recomputation; empty where not wanted.
 
-    dlogits(dz, hidden, first_row, rows, first_word, words) launches what fills dz for the kept rows
-    from first_row on. Beside the gradients it holds dz (DZ_BYTES), the kept rows once more and, for bf16, the sums in fp32: (N, D) where V takes several parts,
-    and (words of dz, D) where N does. Within a part and over the parts an element's sum runs in order.
+    dlogits(dz, hidden, first_row, rows, first_word, words) launches what fills dz for the kept rows from first_row on;
+    its hidden are those rows, gathered. Beside the gradients it holds dz (DZ_BYTES), the kept rows once more and, for
+    bf16, the sums in fp32: (N, D) where V takes several parts, (words of dz, D) where N does. Within a part and over
+    the parts an element's sum runs in order.
     """
     (n, d), v = hidden.shape, weight.shape[0]
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,))

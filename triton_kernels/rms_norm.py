@@ -7,9 +7,7 @@ import triton.language as tl
 from hpsafety.triton_kernels.launch import launch
 
 SHARED_BYTES = (1024, 1024)  # a block's at most, on sm_80 and on sm_90; tests/triton/test_static.py compares
-ROWS_PER_PARTIAL = (
-    32  # grad_weight is summed over 32 rows on chip, then over the partials in order: 4 % more bytes
-)
+ROWS_PER_PARTIAL = 32  # grad_weight is summed over 32 rows on chip, then over the partials in order: 4 % more bytes
 COLUMNS_PER_SUM = 64
 
 

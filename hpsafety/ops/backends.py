@@ -132,9 +132,7 @@ def _gpu_refuses(op: str) -> str | None:
 def triton_unavailable(op: str, device: str) -> str | None:
     """Why the Triton kernels cannot serve the op on a device ("cpu", "cuda", ...); None when they can."""
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            "the triton backend needs CUDA tensors, got device cpu; TRITON_INTERPRET=1 interprets it (slow)"
-        )
+        return "the triton backend needs CUDA tensors, got device cpu; TRITON_INTERPRET=1 interprets it (slow)"
     if device not in ("cpu", "cuda"):
         return f"the triton backend needs CUDA tensors, got device {device}"
     return _triton_missing() or (_gpu_refuses(op) if device == "cuda" else None)
