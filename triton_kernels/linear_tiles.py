@@ -15,6 +15,7 @@ DZ_BYTES = 64 << 20  # of dz in linear_backward, whatever N and V are
 ROWS_OF_DZ = 4096
 GROUP = 16  # row blocks that walk the words together
 KEPT_BLOCK = 4096
+GATHERED = {"ROWS": 4, "BLOCK": 1024}
 
 
 def _tiles(m: int, n: int, k: int, warps: int, stages: int) -> dict:
@@ -122,7 +123,7 @@ def gathered(x: torch.Tensor, kept) -> torch.Tensor:
     """(N, D): the kept rows side by side, and nothing after them."""
     n, d = x.shape
     out = x.new_empty((n, d))
-    launch(gather_rows, triton.cdiv(n, 4), x, *kept, out, n, d, x.stride(0), ROWS=4, BLOCK=1024)
+    launch(gather_rows, triton.cdiv(n, GATHERED["ROWS"]), x, *kept, out, n, d, x.stride(0), **GATHERED)
     return out
 
 
