@@ -218,10 +218,9 @@ def mean_forward(
             q = tl.where(inside[None, :], tl.exp(d_q_m - log_q[:, None]), 0.0)
             p = tl.where(inside[None, :], tl.exp(d_p_m - log_p[:, None]), 0.0)
             x = (d_p_m - d_q_m) - shift[:, None]
-            upper = log_over_mean(tl.abs(x))
-            lower = upper - tl.abs(x)
-            from_p += tl.sum(tl.where(p == 0, 0.0, p * tl.where(x > 0, upper, lower)), 1)
-            from_q += tl.sum(tl.where(q == 0, 0.0, q * tl.where(x > 0, lower, upper)), 1)
+            larger = log_over_mean(tl.abs(x))
+            from_p += tl.sum(tl.where(p == 0, 0.0, p * tl.where(x > 0, larger, larger + x)), 1)
+            from_q += tl.sum(tl.where(q == 0, 0.0, q * tl.where(x > 0, larger - x, larger)), 1)
     at = partial_ptr + split.to(tl.int64) * n + row
     tl.store(at, from_p, mask=row_mask)
     tl.store(at + splits.to(tl.int64) * n, from_q, mask=row_mask)
@@ -298,8 +297,8 @@ def distill_dlogits(
             dz = tl.where(x > 0, part, -part)
         else:
             q = tl.exp(log_of_q)
-            upper = log_over_mean(tl.abs(x))
-            over_mean = tl.where(x > 0, upper - tl.abs(x), upper)
+            larger = log_over_mean(tl.abs(x))
+            over_mean = tl.where(x > 0, larger - x, larger)
             dz = tl.where(q == 0, 0.0, 0.5 * q * (over_mean - divergence.to(tl.float32)[:, None]))
     at = place.to(tl.int64)[:, None] * dz_stride + word[None, :]
     tl.store(dz_ptr + at, g[:, None] * dz, mask=row_mask[:, None] & inside[None, :])
