@@ -8,7 +8,7 @@ from hpsafety import reference
 from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 
@@ -33,7 +33,10 @@ _backward_op = Op(
     "distill_loss_backward",
     "(Tensor grad, Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight,"
     " Tensor norm, str kind, float temperature, bool need_hidden, bool need_weight) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().distill_loss_backward(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().distill_loss_backward(*args),
+        "triton": lambda *args: backends.triton("distill_loss").distill_loss_backward(*args),
+    },
     _fake_backward,
 )
 
@@ -59,7 +62,10 @@ _op = Op(
     "distill_loss",
     "(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight, str kind,"
     " float temperature) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().distill_loss(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().distill_loss(*args),
+        "triton": lambda *args: backends.triton("distill_loss").distill_loss(*args),
+    },
     _fake,
     _setup_context,
     _backward,

@@ -8,7 +8,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.linear_logprob import DTYPES, check_linear_inputs
 from hpsafety.ops.registration import Op, check
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 
 
 def _fake(hidden, weight, targets, row_weights, need_hidden, need_weight):
@@ -47,7 +47,10 @@ _op = Op(
     "linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor targets, Tensor row_weights, bool need_hidden, bool need_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().linear_cross_entropy(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().linear_cross_entropy(*args),
+        "triton": lambda *args: backends.triton("linear_cross_entropy").linear_cross_entropy(*args),
+    },
     _fake,
     _setup_context,
     _backward,

@@ -9,7 +9,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import values_readable
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -32,7 +32,10 @@ _backward_op = Op(
     "linear_logprob_backward",
     "(Tensor grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor targets, Tensor norm, Tensor? entropy,"
     " float temperature, bool need_hidden, bool need_weight) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().linear_logprob_backward(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().linear_logprob_backward(*args),
+        "triton": lambda *args: backends.triton("linear_logprob").linear_logprob_backward(*args),
+    },
     _fake_backward,
 )
 
@@ -61,7 +64,10 @@ def _backward(ctx, grad, _, grad_entropy):
 _op = Op(
     "linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor targets, float temperature, bool entropy) -> (Tensor, Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().linear_logprob(*args)},
+    {
+        "cpu": lambda *args: backends.cpu().linear_logprob(*args),
+        "triton": lambda *args: backends.triton("linear_logprob").linear_logprob(*args),
+    },
     _fake,
     _setup_context,
     _backward,
