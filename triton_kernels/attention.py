@@ -63,7 +63,7 @@ def tile_rows(first, kv_head, chunk, RATIO: tl.constexpr, PACK: tl.constexpr, RO
 @triton.jit
 def offsets(index, STRIDE: tl.constexpr, COUNT: tl.constexpr):
     """Of the rows of one block."""
-    if STRIDE * COUNT < 2**31 - 256:
+    if STRIDE * COUNT < 2**30:
         return index * STRIDE
     else:
         return index.to(tl.int64) * STRIDE
@@ -132,19 +132,11 @@ def attention_forward(
         return
     token, head, valid = tile_rows(first, kv_head, chunk, RATIO, PACK, ROWS)
     valid = valid & (token < last)
-    dim = tl.arange(0, BLOCK_DIM)
-    if segment0 == segment1:  # rows of no segment
-        at = token.to(tl.int64) * (kv_heads * RATIO) + head
-        keep = valid[:, None] & (dim < DIM)[None, :]
-        tl.store(out_ptr + (at * DIM)[:, None] + dim[None, :], tl.zeros([ROWS, BLOCK_DIM], tl.float32), mask=keep)
-        tl.store(lse_ptr + at, tl.zeros([ROWS], tl.float32), mask=valid)
-        if not REDO:
-            tl.store(redo_ptr + program, 0)
-        return
     if REDO:
         if tl.load(redo_ptr + program) == 0:
             return
 
+    dim = tl.arange(0, BLOCK_DIM)
     q_at = token.to(tl.int64) * Q_TOKEN + head.to(tl.int64) * Q_HEAD
     q = load_rows(q_ptr, q_at, valid, dim, DIM, True)
     column = tl.arange(0, KEYS)
@@ -155,7 +147,7 @@ def attention_forward(
     segment_ptr = segments_ptr + segment0.to(tl.int64) * 4
     start = tl.load(segment_ptr)
     prefix0 = tl.load(segment_ptr + 2)
-    prefix1 = tl.load(segment_ptr + 3)
+    prefix1 = tl.where(segment0 < segment1, tl.load(segment_ptr + 3), prefix0)  # rows of no segment see nothing
     prefix_blocks = (prefix1 - prefix0) // KEYS
     own_blocks = tl.where(segment1 - segment0 == 1, (first - start) // KEYS, 0)
 
@@ -173,6 +165,9 @@ def attention_forward(
 
     # Read and computed again, so that no row's address stays in registers through the loop above.
     first = tl.load(tile_ptr, volatile=True)
+    last = tl.load(tile_ptr + 1, volatile=True)
+    segment0 = tl.load(tile_ptr + 2, volatile=True)
+    segment1 = tl.load(tile_ptr + 3, volatile=True)
     token, head, valid = tile_rows(first, kv_head, chunk, RATIO, PACK, ROWS)
     valid = valid & (token < last)
     for segment in range(segment0, segment1 + 1):  # the rest of each segment's blocks, then of the prefix's
@@ -203,8 +198,11 @@ def attention_forward(
         tl.store(redo_ptr + program, tl.max(tl.max((acc != acc).to(tl.int32), 1), 0))
     at = token.to(tl.int64) * (kv_heads * RATIO) + head
     keep = valid[:, None] & (dim < DIM)[None, :]
-    tl.store(out_ptr + (at * DIM)[:, None] + dim[None, :], acc / total[:, None], mask=keep)
-    tl.store(lse_ptr + at, top + tl.log2(total), mask=valid)
+    # Rows of no segment have a sum of 0, and so may others have (scores of -inf only, NaN): the segment tells.
+    nothing = segment0 == segment1
+    out = acc / tl.where(nothing, 1.0, total)[:, None]
+    tl.store(out_ptr + (at * DIM)[:, None] + dim[None, :], out, mask=keep)
+    tl.store(lse_ptr + at, tl.where(nothing, 0.0, top + tl.log2(total)), mask=valid)
 
 
 def attention(q, k, v, segments, softmax_scale, deterministic):
