@@ -99,17 +99,20 @@ def finite(x):
 
 
 @triton.jit
-def add_not_finite(
-    acc, weights, sees, v_ptr, key, key1, dim, V_TOKEN: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr
-):
-    """acc + weights @ v over the values of a block that are NaN or infinite, for the rows that see them."""
-    for j in range(KEYS):
-        here = (key + j < key1) & (dim < DIM)
-        v = tl.load(v_ptr + (key + j).to(tl.int64) * V_TOKEN + dim, mask=here, other=0.0)
-        weight = tl.sum(tl.where((tl.arange(0, KEYS) == j)[None, :], weights, 0.0), 1)
-        seen = (key + j < sees)[:, None] & (finite(v) == 0)[None, :]
-        acc += tl.where(seen, weight[:, None] * v.to(tl.float32)[None, :], 0.0)
-    return acc
+def not_finite_part(weights, sees, v):
+    """weights @ v over the values that are NaN or infinite, for the rows that see them; 0 where there are none.
+
+    One product counts them: 1 for each infinity, 2^8 for each of the other sign, 2^16 for each NaN, and 2^16 times as
+    much where the weight is 0 or NaN.
+    """
+    code = tl.where(v.to(tl.float32) == MINUS_INF, 256.0, 65536.0)
+    code = tl.where(finite(v), 0.0, tl.where(v.to(tl.float32) == INF, 1.0, code))
+    counts = tl.where(sees, tl.where(weights > 0, 1.0, 65536.0), 0.0)
+    found = tl.dot(counts.to(v.dtype), code.to(v.dtype), input_precision="ieee")
+    down = tl.floor(found / 256.0)
+    value = tl.where(down > 0, MINUS_INF, INF)
+    value = tl.where((found >= 65536.0) | ((down > 0) & (found > down * 256.0)), float("nan"), value)
+    return tl.where(found > 0, value, 0.0)
 
 
 @triton.jit
@@ -154,9 +157,9 @@ def attention_forward(
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    own_base = start - prefix_blocks * KEYS
     for block in range(0, prefix_blocks + own_blocks):  # whole blocks that every row sees
-        own = start + (block - prefix_blocks) * KEYS
-        key = tl.where(block < prefix_blocks, prefix0 + block * KEYS, own).to(tl.int64)
+        key = (tl.where(block < prefix_blocks, prefix0, own_base) + block * KEYS).to(tl.int64)
         k = load_rows(k_ptr + key * K_TOKEN, k_at, column, dim, DIM, False)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
@@ -170,6 +173,12 @@ def attention_forward(
     segment1 = tl.load(tile_ptr + 3, volatile=True)
     token, head, valid = tile_rows(first, kv_head, chunk, RATIO, PACK, ROWS)
     valid = valid & (token < last)
+    segment_ptr = segments_ptr + segment0.to(tl.int64) * 4
+    start = tl.load(segment_ptr, volatile=True)
+    prefix0 = tl.load(segment_ptr + 2, volatile=True)
+    prefix1 = tl.where(segment0 < segment1, tl.load(segment_ptr + 3, volatile=True), prefix0)
+    prefix_blocks = (prefix1 - prefix0) // KEYS
+    own_blocks = tl.where(segment1 - segment0 == 1, (first - start) // KEYS, 0)
     for segment in range(segment0, segment1 + 1):  # the rest of each segment's blocks, then of the prefix's
         if segment == segment1:
             key0 = prefix0 + prefix_blocks * KEYS
@@ -186,16 +195,15 @@ def attention_forward(
             there = key + column < key1
             k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, True)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            s = tl.where((key + column)[None, :] < sees[:, None], s, MINUS_INF)
+            seen = (key + column)[None, :] < sees[:, None]
+            s = tl.where(seen, s, MINUS_INF)
             weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
             v = load_rows(v_ptr + key.to(tl.int64) * V_TOKEN, v_at, there, dim, DIM, True)
             if REDO:
-                acc = add_not_finite(acc, weights, sees, v_ptr, key, key1, dim, V_TOKEN, DIM, KEYS)
+                acc += not_finite_part(weights, seen, v)
                 v = tl.where(finite(v), v, 0.0).to(v.dtype)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
-    if not REDO:
-        tl.store(redo_ptr + program, tl.max(tl.max((acc != acc).to(tl.int32), 1), 0))
     at = token.to(tl.int64) * (kv_heads * RATIO) + head
     keep = valid[:, None] & (dim < DIM)[None, :]
     # Rows of no segment have a sum of 0, and so may others have (scores of -inf only, NaN): the segment tells.
@@ -203,6 +211,8 @@ def attention_forward(
     out = acc / tl.where(nothing, 1.0, total)[:, None]
     tl.store(out_ptr + (at * DIM)[:, None] + dim[None, :], out, mask=keep)
     tl.store(lse_ptr + at, tl.where(nothing, 0.0, top + tl.log2(total)), mask=valid)
+    if not REDO:
+        tl.store(redo_ptr + tl.program_id(0), tl.max((tl.sum(acc * 0.0, 1) != 0.0).to(tl.int32), 0))
 
 
 def attention(q, k, v, segments, softmax_scale, deterministic):
