@@ -21,7 +21,9 @@ from hpsafety.triton_kernels.attention_tiles import query_tiles
 from hpsafety.triton_kernels.launch import capability, launch
 
 SHARED_BYTES = (131072, 163840)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the first maximum: finite, so that a score of -inf has weight 0
+LOWEST = tl.constexpr(
+    -3.4028234663852886e38
+)  # the first maximum: finite, so that a score of -inf has weight 0
 MINUS_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))
 
@@ -44,7 +46,9 @@ def pack(heads: int, kv_heads: int, rows: int) -> dict:
 def strides(**tensors) -> dict:
     """Q_TOKEN, Q_HEAD, ...: constants, as they are a model's, so that the loops know which offsets fit 32 bits."""
     return {
-        f"{name.upper()}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(("TOKEN", "HEAD"))
+        f"{name.upper()}_{axis}": x.stride(i)
+        for name, x in tensors.items()
+        for i, axis in enumerate(("TOKEN", "HEAD"))
     }
 
 
@@ -70,10 +74,10 @@ def offsets(index, STRIDE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, at, there, dim, DIM: tl.constexpr, MASKED: tl.constexpr):
-    """(rows, dim) from the rows' offsets, zeros past DIM. Without MASKED all rows are there, else zeros where not."""
+def load_rows(ptr, at, there, dim, DIM: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    """(rows, dim) from the rows' offsets; zeros past DIM if PADDED, and if MASKED in the rows that are not there."""
     ptrs = ptr + (at[:, None] + dim[None, :])
-    if DIM != dim.shape[0]:
+    if PADDED:
         if MASKED:
             return tl.load(ptrs, mask=there[:, None] & (dim < DIM)[None, :], other=0.0)
         else:
@@ -120,10 +124,11 @@ def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, segments_ptr, tiles_ptr, redo_ptr, scale_log2, kv_heads,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr,
     V_HEAD: tl.constexpr, RATIO: tl.constexpr, PACK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, REDO: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, REDO: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """PARTS programs share a tile: each has that part of the columns of V and of the output."""
     CHUNKS: tl.constexpr = (RATIO + PACK - 1) // PACK
-    program = tl.program_id(0)
+    program = tl.program_id(0) // PARTS
     tile_ptr = tiles_ptr + (program // (kv_heads * CHUNKS)).to(tl.int64) * 4
     kv_head = program // CHUNKS % kv_heads
     chunk = program % CHUNKS
@@ -131,17 +136,17 @@ def attention_forward(
     last = tl.load(tile_ptr + 1)
     segment0 = tl.load(tile_ptr + 2)
     segment1 = tl.load(tile_ptr + 3)
-    if first >= last:
+    todo = first < last
+    if REDO:
+        todo = todo & (tl.load(redo_ptr + program, mask=todo, other=0) != 0)
+    if not todo:
         return
     token, head, valid = tile_rows(first, kv_head, chunk, RATIO, PACK, ROWS)
     valid = valid & (token < last)
-    if REDO:
-        if tl.load(redo_ptr + program) == 0:
-            return
-
     dim = tl.arange(0, BLOCK_DIM)
+    out_dim = tl.program_id(0) % PARTS * (BLOCK_DIM // PARTS) + tl.arange(0, BLOCK_DIM // PARTS)
     q_at = token.to(tl.int64) * Q_TOKEN + head.to(tl.int64) * Q_HEAD
-    q = load_rows(q_ptr, q_at, valid, dim, DIM, True)
+    q = load_rows(q_ptr, q_at, valid, dim, DIM, DIM != BLOCK_DIM, True)
     column = tl.arange(0, KEYS)
     k_at = offsets(column, K_TOKEN, KEYS)
     v_at = offsets(column, V_TOKEN, KEYS)
@@ -150,20 +155,22 @@ def attention_forward(
     segment_ptr = segments_ptr + segment0.to(tl.int64) * 4
     start = tl.load(segment_ptr)
     prefix0 = tl.load(segment_ptr + 2)
-    prefix1 = tl.where(segment0 < segment1, tl.load(segment_ptr + 3), prefix0)  # rows of no segment see nothing
+    prefix1 = tl.where(
+        segment0 < segment1, tl.load(segment_ptr + 3), prefix0
+    )  # rows of no segment see nothing
     prefix_blocks = (prefix1 - prefix0) // KEYS
     own_blocks = tl.where(segment1 - segment0 == 1, (first - start) // KEYS, 0)
 
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DIM // PARTS], tl.float32)
     own_base = start - prefix_blocks * KEYS
     for block in range(0, prefix_blocks + own_blocks):  # whole blocks that every row sees
         key = (tl.where(block < prefix_blocks, prefix0, own_base) + block * KEYS).to(tl.int64)
-        k = load_rows(k_ptr + key * K_TOKEN, k_at, column, dim, DIM, False)
+        k = load_rows(k_ptr + key * K_TOKEN, k_at, column, dim, DIM, DIM != BLOCK_DIM, False)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
-        v = load_rows(v_ptr + key * V_TOKEN, v_at, column, dim, DIM, False)
+        v = load_rows(v_ptr + key * V_TOKEN, v_at, column, out_dim, DIM, DIM != BLOCK_DIM, False)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
     # Read and computed again, so that no row's address stays in registers through the loop above.
@@ -193,26 +200,29 @@ def attention_forward(
         for block in range(0, tl.cdiv(key1 - key0, KEYS)):
             key = key0 + block * KEYS
             there = key + column < key1
-            k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, True)
+            k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, DIM != BLOCK_DIM, True)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            seen = (key + column)[None, :] < sees[:, None]
+            seen = column[None, :] < (sees - key)[:, None]
             s = tl.where(seen, s, MINUS_INF)
             weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
-            v = load_rows(v_ptr + key.to(tl.int64) * V_TOKEN, v_at, there, dim, DIM, True)
+            v = load_rows(
+                v_ptr + key.to(tl.int64) * V_TOKEN, v_at, there, out_dim, DIM, DIM != BLOCK_DIM, True
+            )
             if REDO:
                 acc += not_finite_part(weights, seen, v)
                 v = tl.where(finite(v), v, 0.0).to(v.dtype)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
     at = token.to(tl.int64) * (kv_heads * RATIO) + head
-    keep = valid[:, None] & (dim < DIM)[None, :]
+    keep = valid[:, None] & (out_dim < DIM)[None, :]
     # Rows of no segment have a sum of 0, and so may others have (scores of -inf only, NaN): the segment tells.
     nothing = segment0 == segment1
     out = acc / tl.where(nothing, 1.0, total)[:, None]
-    tl.store(out_ptr + (at * DIM)[:, None] + dim[None, :], out, mask=keep)
-    tl.store(lse_ptr + at, tl.where(nothing, 0.0, top + tl.log2(total)), mask=valid)
+    tl.store(out_ptr + (at * DIM)[:, None] + out_dim[None, :], out, mask=keep)
     if not REDO:
-        tl.store(redo_ptr + tl.program_id(0), tl.max((tl.sum(acc * 0.0, 1) != 0.0).to(tl.int32), 0))
+        tl.store(lse_ptr + at, tl.where(nothing, 0.0, top + tl.log2(total)), mask=valid)
+        # Last: a reduction of acc before its store costs registers in the loops.
+        tl.store(redo_ptr + program, tl.max((tl.sum(acc * 0.0, 1) != 0.0).to(tl.int32), 0))
 
 
 def attention(q, k, v, segments, softmax_scale, deterministic):
@@ -229,9 +239,11 @@ def attention(q, k, v, segments, softmax_scale, deterministic):
     programs = len(tiles) * kv_heads * triton.cdiv(packed["RATIO"], packed["PACK"])
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     redo = q.new_empty(programs, dtype=torch.int32)
+    scale_log2 = softmax_scale * math.log2(math.e)
     for again in (False, True):
+        parts = 2 if again and block_dim > 16 else 1  # its counts take as many registers as its sums
         launch(
-            attention_forward, programs, q, k, v, out, lse, segments, tiles, redo, softmax_scale * math.log2(math.e),
-            kv_heads, **strides(q=q, k=k, v=v), **packed, DIM=dim, BLOCK_DIM=block_dim, REDO=again, **config,
+            attention_forward, programs * parts, q, k, v, out, lse, segments, tiles, redo, scale_log2, kv_heads,
+            **strides(q=q, k=k, v=v), **packed, DIM=dim, BLOCK_DIM=block_dim, REDO=again, PARTS=parts, **config,
         )  # fmt: skip
     return out, lse

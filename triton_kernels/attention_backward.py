@@ -30,7 +30,7 @@ def keys_config(block_dim: int, dtype: torch.dtype, chip: tuple[int, int]) -> di
         return {"ROWS": 16, "KEYS": 32, "num_warps": 8, "num_stages": 1}
     if block_dim > 128:
         return {"ROWS": 32, "KEYS": 64, "num_warps": 8, "num_stages": 1}
-    return {"ROWS": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2}
+    return {"ROWS": 32 if block_dim > 64 else 64, "KEYS": 128, "num_warps": 8, "num_stages": 2}
 
 
 def rows_config(block_dim: int, dtype: torch.dtype, chip: tuple[int, int]) -> dict:
@@ -58,23 +58,31 @@ def attention_delta(
 
 
 @triton.jit
+def load_values(ptrs, there, PARTIAL: tl.constexpr):
+    if PARTIAL:
+        return tl.load(ptrs, mask=there, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
 def add_to_keys(
     dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_at, grad_at, row_at, there, dim, scale_log2, sees, pulls,
-    token, DIM: tl.constexpr, MASKED: tl.constexpr,
+    token, DIM: tl.constexpr, PARTIAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dK / scale and dV with one block of rows added.
+    """dK / scale and dV with one block of rows added. PARTIAL: some rows may not be there; MASKED: or not see all keys.
 
     token          of each row; key j is seen by the tokens from sees[j] on
     pulls          the same for dS: of the one key that a row sees the weight is 1 whatever its score
     """
-    q = load_rows(q_ptr, q_at, there, dim, DIM, True)
-    lse = tl.load(lse_ptr + row_at, mask=there, other=0.0)
+    q = load_rows(q_ptr, q_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
+    lse = load_values(lse_ptr + row_at, there, PARTIAL)
     weights = tl.exp2(tl.fma(tl.dot(k, tl.trans(q), input_precision="ieee"), scale_log2, -lse[None, :]))
     if MASKED:
         weights = tl.where(sees[:, None] <= token[None, :], weights, 0.0)
-    grad = load_rows(grad_ptr, grad_at, there, dim, DIM, True)
+    grad = load_rows(grad_ptr, grad_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
     dv = tl.dot(weights.to(q.dtype), grad, dv, input_precision="ieee")
-    delta = tl.load(delta_ptr + row_at, mask=there, other=0.0)
+    delta = load_values(delta_ptr + row_at, there, PARTIAL)
     ds = weights * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
     if MASKED:
         ds = tl.where(pulls[:, None] <= token[None, :], ds, 0.0)
@@ -91,6 +99,7 @@ def attention_backward_keys(
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // PACK
     CHUNKS: tl.constexpr = (RATIO + PACK - 1) // PACK
+    WHOLE: tl.constexpr = ROWS % PACK == 0 and RATIO % PACK == 0  # a block may have all its rows
     program = tl.program_id(0)
     tile_ptr = tiles_ptr + (program // kv_heads).to(tl.int64) * 5
     kv_head = program % kv_heads
@@ -107,8 +116,8 @@ def attention_backward_keys(
     dim = tl.arange(0, BLOCK_DIM)
     k_tile = k_ptr + key0.to(tl.int64) * K_TOKEN + kv_head.to(tl.int64) * K_HEAD
     v_tile = v_ptr + key0.to(tl.int64) * V_TOKEN + kv_head.to(tl.int64) * V_HEAD
-    k = load_rows(k_tile, offsets(column, K_TOKEN, KEYS), key < tokens, dim, DIM, True)
-    v = load_rows(v_tile, offsets(column, V_TOKEN, KEYS), key < tokens, dim, DIM, True)
+    k = load_rows(k_tile, offsets(column, K_TOKEN, KEYS), key < tokens, dim, DIM, DIM != BLOCK_DIM, True)
+    v = load_rows(v_tile, offsets(column, V_TOKEN, KEYS), key < tokens, dim, DIM, DIM != BLOCK_DIM, True)
     row = tl.arange(0, ROWS)
     row_token, row_head = row // PACK, row % PACK
     q_at = offsets(row_token, Q_TOKEN, TOKENS) + offsets(row_head, Q_HEAD, PACK)
@@ -118,8 +127,10 @@ def attention_backward_keys(
 
     dk = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
-    for index in range(0, parts * CHUNKS):
-        part = index // CHUNKS
+    # Each part twice: the blocks that do not see all keys, then those that do, then the last block, if it is not whole.
+    for index in range(0, parts * CHUNKS * 2):
+        part = index // (CHUNKS * 2)
+        rest = index % 2
         if part < owners:  # the keys' own segment
             row0 = tl.load(segment_ptr + part * 4)
             row1 = tl.load(segment_ptr + part * 4 + 1)
@@ -139,10 +150,14 @@ def attention_backward_keys(
             alone = False
         inside = (seen0 <= key0) & (tl.minimum(key0 + KEYS, tokens) <= seen1)
         end = tl.cdiv(row1 - row0, TOKENS)
+        whole = (row1 - row0) // TOKENS if WHOLE else end
         masked_end = tl.where(inside, tl.minimum(diagonal, end), end)
+        whole_end = tl.maximum(masked_end, whole)
+        begin = tl.where(rest, whole_end, begin)
+        masked_end = tl.where(rest, end, masked_end)
         sees = tl.where((key >= seen0) & (key < seen1), key, NEVER)
         pulls = tl.where(alone & (key == seen0), key + 1, sees)
-        chunk = index % CHUNKS
+        chunk = index // 2 % CHUNKS
         head0 = kv_head * RATIO + chunk * PACK
         q_head = q_ptr + head0.to(tl.int64) * Q_HEAD
         grad_head = grad_ptr + head0.to(tl.int64) * GRAD_HEAD
@@ -153,15 +168,15 @@ def attention_backward_keys(
             dk, dv = add_to_keys(
                 dk, dv, k, v, q_head + first * Q_TOKEN, grad_head + first * GRAD_TOKEN, lse_ptr + first * heads + head0,
                 delta_ptr + first * heads + head0, q_at, grad_at, row_at, there & (token0 + row_token < row1), dim,
-                scale_log2, sees, pulls, token0 + row_token, DIM, True,
+                scale_log2, sees, pulls, token0 + row_token, DIM, True, True,
             )  # fmt: skip
-        for block in range(tl.maximum(begin, masked_end), end):
+        for block in range(tl.maximum(begin, masked_end), whole_end):
             token0 = row0 + block * TOKENS
             first = token0.to(tl.int64)
             dk, dv = add_to_keys(
                 dk, dv, k, v, q_head + first * Q_TOKEN, grad_head + first * GRAD_TOKEN, lse_ptr + first * heads + head0,
                 delta_ptr + first * heads + head0, q_at, grad_at, row_at, there & (token0 + row_token < row1), dim,
-                scale_log2, sees, pulls, token0 + row_token, DIM, False,
+                scale_log2, sees, pulls, token0 + row_token, DIM, not WHOLE, False,
             )  # fmt: skip
 
     keep = (key < tokens)[:, None] & (dim < DIM)[None, :]
@@ -192,8 +207,10 @@ def attention_backward_rows(
     valid = valid & (token < last)
     dim = tl.arange(0, BLOCK_DIM)
     wide_token, wide_head = token.to(tl.int64), head.to(tl.int64)
-    q = load_rows(q_ptr, wide_token * Q_TOKEN + wide_head * Q_HEAD, valid, dim, DIM, True)
-    grad = load_rows(grad_ptr, wide_token * GRAD_TOKEN + wide_head * GRAD_HEAD, valid, dim, DIM, True)
+    q = load_rows(q_ptr, wide_token * Q_TOKEN + wide_head * Q_HEAD, valid, dim, DIM, DIM != BLOCK_DIM, True)
+    grad = load_rows(
+        grad_ptr, wide_token * GRAD_TOKEN + wide_head * GRAD_HEAD, valid, dim, DIM, DIM != BLOCK_DIM, True
+    )
     row_at = wide_token * (kv_heads * RATIO) + head
     lse = tl.load(lse_ptr + row_at, mask=valid, other=0.0)
     delta = tl.load(delta_ptr + row_at, mask=valid, other=0.0)
@@ -213,9 +230,9 @@ def attention_backward_rows(
     for block in range(0, prefix_blocks + own_blocks):
         own = start + (block - prefix_blocks) * KEYS
         key = tl.where(block < prefix_blocks, prefix0 + block * KEYS, own).to(tl.int64)
-        k = load_rows(k_ptr + key * K_TOKEN, k_at, column, dim, DIM, False)
+        k = load_rows(k_ptr + key * K_TOKEN, k_at, column, dim, DIM, DIM != BLOCK_DIM, False)
         weights = tl.exp2(tl.fma(tl.dot(q, tl.trans(k), input_precision="ieee"), scale_log2, -lse[:, None]))
-        v = load_rows(v_ptr + key * V_TOKEN, v_at, column, dim, DIM, False)
+        v = load_rows(v_ptr + key * V_TOKEN, v_at, column, dim, DIM, DIM != BLOCK_DIM, False)
         ds = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -234,17 +251,21 @@ def attention_backward_rows(
             key0 = tl.load(segment_ptr + (segment - segment0) * 4)
             end = tl.load(segment_ptr + (segment - segment0) * 4 + 1)
             key1 = tl.minimum(end, last)
-            alone = (prefix0 >= prefix1) & (token == key0)  # a row that sees one key: its weight is 1 whatever q is
+            alone = (prefix0 >= prefix1) & (
+                token == key0
+            )  # a row that sees one key: its weight is 1 whatever q is
             sees = tl.where((token >= key0) & (token < end) & (alone == 0), token + 1, 0)
             key0 += own_blocks * KEYS
         for block in range(0, tl.cdiv(key1 - key0, KEYS)):
             key = key0 + block * KEYS
             there = key + column < key1
-            k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, True)
-            weights = tl.exp2(tl.fma(tl.dot(q, tl.trans(k), input_precision="ieee"), scale_log2, -lse[:, None]))
-            v = load_rows(v_ptr + key.to(tl.int64) * V_TOKEN, v_at, there, dim, DIM, True)
+            k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, DIM != BLOCK_DIM, True)
+            weights = tl.exp2(
+                tl.fma(tl.dot(q, tl.trans(k), input_precision="ieee"), scale_log2, -lse[:, None])
+            )
+            v = load_rows(v_ptr + key.to(tl.int64) * V_TOKEN, v_at, there, dim, DIM, DIM != BLOCK_DIM, True)
             ds = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
-            ds = tl.where((key + column)[None, :] < sees[:, None], ds, 0.0)
+            ds = tl.where(column[None, :] < (sees - key)[:, None], ds, 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     keep = valid[:, None] & (dim < DIM)[None, :]
@@ -260,7 +281,12 @@ def attention_backward(grad, q, k, v, out, lse, segments, softmax_scale, determi
     kv_heads = k.shape[1]
     if not tokens or not segments.shape[0]:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    dq, dk, dv, delta = (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        torch.empty_like(lse),
+    )
     block_dim = max(16, triton.next_power_of_2(dim))
     dims = {"DIM": dim, "BLOCK_DIM": block_dim}
     rows = max(1, 4096 // block_dim)

@@ -18,8 +18,12 @@ NO_KEY = 2**31 - 1
 class KeyTiles(NamedTuple):
     """Of the backward over keys."""
 
-    tiles: torch.Tensor  # (tiles, 5) int32: index; segments that overlap it, from and to; runs that may see it, from, to
-    runs: torch.Tensor  # (S, 4) int32, sorted: prefix_start, prefix_end, first and last row + 1; the rest empty
+    tiles: (
+        torch.Tensor
+    )  # (tiles, 5) int32: index; segments that overlap it, from and to; runs that may see it, from, to
+    runs: (
+        torch.Tensor
+    )  # (S, 4) int32, sorted: prefix_start, prefix_end, first and last row + 1; the rest empty
 
 
 # Below, index_select and narrow stand for [...], which asks for the CUDA driver even where all tensors are fake.
@@ -33,7 +37,9 @@ def _runs(segments):
     start, end, prefix0, prefix1 = segments.unbind(0)
     count = len(start)
     before, after = segments.narrow(1, 0, count - 1).unbind(0), segments.narrow(1, 1, count - 1).unbind(0)
-    joined = (before[2] == after[2]) & (before[3] == after[3]) & (before[1] == after[0]) & (after[2] < after[3])
+    joined = (
+        (before[2] == after[2]) & (before[3] == after[3]) & (before[1] == after[0]) & (after[2] < after[3])
+    )
     run = nnf.pad(joined.logical_not(), (1, 0)).cumsum(0)
     rest = end.narrow(0, count - 1, 1).expand(count)
     starts = rest.scatter_reduce(0, run, start, "amin", include_self=False)
@@ -101,7 +107,9 @@ _made = WeakTensorKeyDictionary()  # segments -> (its version, {arguments: table
 def _shared(make, segments, *sizes):
     """make(segments, *sizes), kept for as long as the segments live and stay as they are."""
     in_graph = segments.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if segments.is_inference() or in_graph:  # without a version that would show a change; replayed with other segments
+    if (
+        segments.is_inference() or in_graph
+    ):  # without a version that would show a change; replayed with other segments
         return make(torch.stack(segments.to(torch.int64).unbind(1)), *sizes)
     version = segments._version
     found = _made.get(segments)

@@ -19,7 +19,14 @@ from tests.triton.device import DEVICE, check_triton, place
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS, KEYS = 32, 16  # the tests' tiles: small, so that few rows cross many borders
 GENERAL = [  # prefixes that are a part of a segment, of no segment, of several, of one another; rows of no segment
-    [(2, 40, 0, 0), (45, 63, 40, 44), (63, 70, 40, 44), (70, 75, 10, 35), (75, 99, 30, 72), (99, 101, 75, 99)],
+    [
+        (2, 40, 0, 0),
+        (45, 63, 40, 44),
+        (63, 70, 40, 44),
+        (70, 75, 10, 35),
+        (75, 99, 30, 72),
+        (99, 101, 75, 99),
+    ],
     [(0, 20, 0, 0), (20, 50, 0, 0), (50, 60, 0, 50), (60, 61, 0, 50), (61, 90, 5, 5), (90, 120, 20, 50)],
 ]
 
@@ -39,30 +46,32 @@ def call(args):
     return out, lse, (torch.ones_like(out), q, k, v, out, lse, segments, 0.3, False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "segments, heads, kv_heads, dim",
+    "segments, heads, kv_heads, dim, dtype",
     [
-        (plain(1), 1, 1, 16),
-        (plain(1, 2, 1, 37), 2, 1, 7),
-        (plain(ROWS - 1, ROWS, ROWS + 1), 1, 1, 16),
-        (grouped((KEYS, 7, KEYS + 1, 1), (3, 50)), 3, 1, 40),
-        (grouped((KEYS - 1, 30, 2, 35), (ROWS + 1, 1, 1, 1)), 4, 2, 1),
-        (GENERAL[0], 5, 1, 9),
-        (GENERAL[1], 2, 2, 16),
-        (grouped((9, 4, 5)), 40, 1, 16),
+        (plain(1), 1, 1, 16, torch.float32),
+        (plain(1), 2, 1, 16, torch.bfloat16),
+        (plain(1, 2, 1, 37), 2, 1, 7, torch.float32),
+        (plain(ROWS - 1, ROWS, ROWS + 1), 1, 1, 16, torch.float32),
+        (grouped((KEYS, 7, KEYS + 1, 1), (3, 20)), 3, 1, 40, torch.bfloat16),
+        (grouped((KEYS - 1, 20, 2, 15), (ROWS + 1, 1, 1, 1)), 2, 1, 1, torch.float32),
+        (GENERAL[0], 5, 1, 9, torch.bfloat16),
+        (GENERAL[1], 2, 2, 16, torch.float32),
+        (grouped((4, 1, 3)), 40, 1, 16, torch.float32),
     ],
-    ids=range(8),
+    ids=range(9),
 )
-def test_matches_oracle(small, dtype, segments, heads, kv_heads, dim):
+def test_matches_oracle(small, segments, heads, kv_heads, dim, dtype):
     """KER-2 over ragged segments, general prefixes, head dims and groups of heads, also of more than a tile's rows."""
-    check_triton("attention", ops.attention, make_inputs(segments, heads, kv_heads, dim, dtype, total=segments[-1][1] + 2))
+    args = make_inputs(segments, heads, kv_heads, dim, dtype, total=segments[-1][1] + 2)
+    check_triton("attention", ops.attention, args)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, dim", [(4, 64), (1, 130)])
+@pytest.mark.parametrize(
+    "dtype, heads, dim", [(torch.bfloat16, 4, 64), (torch.bfloat16, 1, 130), (torch.float32, 2, 70)]
+)
 def test_matches_oracle_with_its_own_tiles(dtype, heads, dim):
-    check_triton("attention", ops.attention, make_inputs(grouped((70, 33, 40)), heads, 1, dim, dtype))
+    check_triton("attention", ops.attention, make_inputs(grouped((70, 13, 20)), heads, 1, dim, dtype))
 
 
 @pytest.mark.sweep
@@ -78,17 +87,17 @@ def test_drawn_shapes(seed, request):
     check_triton("attention", ops.attention, args | {"softmax_scale": draw(1, 100) / 200})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [30.0, 1e-18])
+@pytest.mark.parametrize(
+    "dtype, scale", [(torch.float32, 30.0), (torch.bfloat16, 30.0), (torch.float32, 1e-18)]
+)
 def test_extreme_logits(small, dtype, scale):
-    for segments in (grouped((40, 20, 50)), plain(1)):
-        check_triton("attention", ops.attention, make_inputs(segments, 2, 1, 32, dtype, scale=scale))
+    check_triton("attention", ops.attention, make_inputs(grouped((20, 7, 30)), 2, 1, 32, dtype, scale=scale))
 
 
-@pytest.mark.parametrize("prompt, responses", [(1, 1), (KEYS, 2), (KEYS + 1, 8), (ROWS - 1, 64)])
+@pytest.mark.parametrize("prompt, responses", [(1, 1), (KEYS + 1, 8), (5, 64)])
 def test_shared_prefix_equals_independent_sequences(small, prompt, responses):
-    lengths = [1 + 5 * i % 11 for i in range(responses)]
-    args = make_inputs(grouped((prompt, *lengths)), 2, 1, 16)
+    lengths = [1 + i % 2 if responses > 8 else 1 + 5 * i % 11 for i in range(responses)]
+    args = make_inputs(grouped((prompt, *lengths)), 1, 1, 16)
     segments = args.pop("segments")
     dense = lambda q, k, v: dense_runs(q, k, v, prompt, lengths)  # noqa: E731
     exact, rounded = run_with_grads(dense, to_fp64(args)), run_with_grads(dense, args)
@@ -112,16 +121,17 @@ def test_no_rows_and_rows_of_no_segment(small):
     assert not dk[alone].any() and not dv[alone].any() and dv[6:8].abs().min() > 0
 
 
-GROUPS = [(3,), (40,), (1,), (20, 9, 50, 1), (17, 17), (33, 5, 5, 5), (16,)]
+GROUPS = [(3,), (20, 9, 40, 1), (17,), (18, 3, 3)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("dtype, heads", [(torch.float32, 3), (torch.bfloat16, 1)])
 def test_alone_or_packed(small, dtype, heads):
     """A group's bits, gradients too, do not depend on what else is in the batch; a response's not on its siblings."""
     args = place(make_inputs(grouped(*GROUPS), heads, 1, 16, dtype))
     packed = run_with_grads(ops.attention, args, impl="triton")
-    weights = torch.randn(packed["out0"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.randn(
+        packed["out0"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     end = 0
     for group in GROUPS:
         start, end = end, end + sum(group)
@@ -150,10 +160,12 @@ def test_alone_or_packed_with_its_own_tiles():
 def test_nan_and_infinity_stay_with_the_rows_that_see_them(small, dtype):
     """And change no bit of the others, which may stand in the same tile."""
     segments = grouped((20, 12, 9), (5,))
-    clean = ops.attention(**place(make_inputs(segments, 3, 1, 16, dtype)), impl="triton")
+    clean = ops.attention(**place(make_inputs(segments, 1, 1, 16, dtype)), impl="triton")
     for row, seen in [(7, range(7, 41)), (19, range(19, 41)), (23, range(23, 32)), (45, [45])]:
-        for name, bad in itertools.product(NAMES, (torch.nan, torch.inf)):
-            args = place(make_inputs(segments, 3, 1, 16, dtype))
+        for name, bad in [("q", torch.nan), ("k", torch.nan), ("v", torch.nan), ("v", torch.inf)][
+            row == 45 :
+        ]:
+            args = place(make_inputs(segments, 1, 1, 16, dtype))
             args[name][row, :, 3] = bad
             out = ops.attention(**args, impl="triton")
             sees = [row] if name == "q" else [*seen]
@@ -182,10 +194,10 @@ def test_scores_of_minus_infinity(small):
     assert out[0].isnan().all() and out[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_views_and_strided_gradients(small, dtype):
+def test_views_and_strided_gradients(small):
     """q, k and v as views of one (T, G, H/G + 2, K) buffer; a gradient of stride 0 and one with gaps between rows."""
-    args = place(make_inputs(grouped((20, 30, 3)), 3, 1, 16, dtype))
+    dtype = torch.bfloat16
+    args = place(make_inputs(grouped((10, 17, 3)), 3, 1, 16, dtype))
     out, lse, arguments = call(args)
     buffer = torch.cat([args["q"], args["k"], args["v"]], dim=1)
     views = {"q": buffer[:, :3], "k": buffer[:, 3:4], "v": buffer[:, 4:]}
@@ -200,11 +212,10 @@ def test_views_and_strided_gradients(small, dtype):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the storage is reserved, not touched, only on the CPU")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row_stride", [PAST_INT32 // 8 + 1, PAST_INT32 // 16 + 1])
-def test_offsets_past_32_bits(small, dtype, row_stride):
+@pytest.mark.parametrize("row_stride", [PAST_INT32 // 8 + 1, PAST_INT32 // 40])
+def test_offsets_past_32_bits(small, row_stride):
     """Rows that far apart: within a block, and between blocks only."""
-    args = make_inputs(grouped((10, 5, 2)), 2, 1, 8, dtype)
+    args = make_inputs(grouped((30, 15, 2)), 1, 1, 8, torch.bfloat16)
     far = {n: strided_rows(args[n], row_stride) for n in NAMES}
     (out, _, near), (wide, _, apart) = call(args), call(args | far)
     assert torch.equal(wide, out)
@@ -222,22 +233,22 @@ def watched(args, seed=None, **more):
     return audit(seed, **args, tiles=tiles, key_tiles=keys.tiles, runs=keys.runs, **more)
 
 
-SHARED = [grouped((40, 3, 4, 5, 2, 6), (20, 10, 40)), GENERAL[0]]
+SHARED = [grouped((40, 3, 4, 5, 2, 6), (20, 5)), GENERAL[0]]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the auditor watches the interpreter")
 @pytest.mark.parametrize("segments", SHARED, ids=range(2))
 def test_memory_and_traffic_of_forward(small, segments):
     """Every row is read and written once; a prefix once per tile and kv head, however many responses are in it."""
-    heads, dim = 4, 16
-    args = make_inputs(segments, heads, 2, dim, torch.bfloat16)
+    heads, dim = 2, 16
+    args = make_inputs(segments, heads, 1, dim, torch.bfloat16)
     outs = []
     for seed in (None, 1):
         with watched(args, seed) as seen:
             outs.append(call(args)[0])
         seen.check()
     assert torch.equal(*outs)
-    tokens, row = len(args["q"]), dim * 2 * 2  # bytes of a token's keys, of both kv heads
+    tokens, row = len(args["q"]), dim * 2  # bytes of a token's keys
     inside = sum(end - start for start, end, _, _ in segments)
     tiles = [t for t in query_tiles(args["segments"], tokens, ROWS // 2).tolist() if t[0] < t[1]]
     assert seen.traffic["q"].load_bytes == tokens * heads * dim * 2
@@ -248,7 +259,11 @@ def test_memory_and_traffic_of_forward(small, segments):
             keys += sum(min(end, last) - start for start, end, _, _ in segments[segment0:segment1])
     for name in ("k", "v"):
         assert seen.traffic[name].load_bytes == keys * row
-    written = [t for n, t in seen.traffic.items() if n.startswith("new") and t.store_bytes == tokens * heads * dim * 2]
+    written = [
+        t
+        for n, t in seen.traffic.items()
+        if n.startswith("new") and t.store_bytes == tokens * heads * dim * 2
+    ]
     assert len(written) == 1 and written[0].store_unique == written[0].store_bytes
     if segments is SHARED[0]:  # the five short responses are 20 tokens: two tiles
         assert sum(40 <= first < 60 for first, *_ in tiles) == 2 and inside == tokens
@@ -259,7 +274,7 @@ def test_memory_and_traffic_of_forward(small, segments):
 def test_memory_and_traffic_of_backward(small, segments):
     """dQ, dK and dV are written once, in any order of the programs with the same bits; a key tile reads each block of
     rows that sees it once, for all keys."""
-    args = make_inputs(segments, 4, 2, 16, torch.bfloat16)
+    args = make_inputs(segments, 2, 1, 16, torch.bfloat16)
     out, lse, arguments = call(args)
     results = []
     for seed in (None, 1):
@@ -270,7 +285,7 @@ def test_memory_and_traffic_of_backward(small, segments):
     for x in results[0]:
         sizes = [t for t in seen.traffic.values() if t.store_bytes == t.store_unique == x.numel() * 2]
         assert sizes
-    tokens, a_token = len(out), 4 * 16 * 2
+    tokens, a_token = len(out), 2 * 16 * 2
     block = KEYS // 2  # tokens of a block of rows
     from_rows = tokens
     for key0 in range(0, tokens, ROWS):
@@ -297,7 +312,7 @@ def brute_force(segments, total):
     return of_row
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_tables(seed):
     """Tiles cover every row once, stay inside one run, name their segments, and come longest first."""
     g = torch.Generator().manual_seed(seed)
@@ -327,7 +342,9 @@ def test_tables(seed):
         key0, key1 = tile * tokens, min(total, (tile + 1) * tokens)
         inside = [i for i, s in enumerate(segments) if s[0] < key1 and s[1] > key0]
         assert inside == list(range(segment0, segment1))
-        seen_by = sorted(i for p0, p1, a, b in runs[run0:run1] if p0 < key1 and p1 > key0 for i in range(a, b))
+        seen_by = sorted(
+            i for p0, p1, a, b in runs[run0:run1] if p0 < key1 and p1 > key0 for i in range(a, b)
+        )
         assert seen_by == [
             i for s in segments if s[2] < min(s[3], key1) and s[3] > key0 for i in range(s[0], s[1])
         ]
