@@ -7,8 +7,10 @@ import torch
 from hpsafety import reference
 from hpsafety.ops import backends, flash_attn_backend
 from hpsafety.ops.registration import Op, check
+from hpsafety.ops.rows import values_readable
+from hpsafety.reference.attention import check_segments
 
-BACKENDS = ("cpu", "flash_attn")
+BACKENDS = ("cpu", "triton", "flash_attn")
 MAX_HEAD_DIM = 256
 
 
@@ -20,13 +22,14 @@ def _fake_backward(grad, q, k, v, out, lse, segments, softmax_scale, determinist
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# The C++ kernels are deterministic always; the flag is for backends where it has a price.
+# The C++ and the Triton kernels are deterministic always; the flag is for backends where it has a price.
 _backward_op = Op(
     "attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor segments, float softmax_scale,"
     " bool deterministic) -> (Tensor, Tensor, Tensor)",
     {
         "cpu": lambda *args: backends.cpu().attention_backward(*args[:-1]),
+        "triton": lambda *args: backends.triton("attention_backward").attention_backward(*args),
         "flash_attn": flash_attn_backend.attention_backward,
     },
     _fake_backward,
@@ -49,10 +52,20 @@ def _backward(ctx, grad, _):
     return (*grads, None, None, None, None)
 
 
+def _triton(q, k, v, segments, softmax_scale, deterministic):
+    if values_readable(segments):
+        check_segments(segments.cpu(), q.shape[0])
+    return backends.triton("attention").attention(q, k, v, segments, softmax_scale, deterministic)
+
+
 _op = Op(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor segments, float softmax_scale, bool deterministic) -> (Tensor, Tensor)",
-    {"cpu": lambda *args: backends.cpu().attention(*args[:-1]), "flash_attn": flash_attn_backend.attention},
+    {
+        "cpu": lambda *args: backends.cpu().attention(*args[:-1]),
+        "triton": _triton,
+        "flash_attn": flash_attn_backend.attention,
+    },
     _fake,
     _setup_context,
     _backward,
@@ -108,7 +121,8 @@ def attention(q, k, v, segments, softmax_scale=None, deterministic=False, *, imp
     segments       (S, 4) int32: start, end, prefix_start, prefix_end, sorted by start. Row i of start..end-1 sees
                    all rows prefix_start..prefix_end-1 and the rows start..i; equal prefix bounds mean no prefix
     softmax_scale  factor of the scores, 1/sqrt(K) by default
-    deterministic  the same bits at every run; the C++ kernel always is, for any number of threads
+    deterministic  the same bits at every run; the C++ kernels always are, for any number of threads, and the Triton
+                   kernels, at the price of seven products instead of five in backward
     returns        (T, H, K) like q, fresh; rows of no segment are zero and get zero gradients
     Saved for backward: q, k, v, the output, and lse (T, H) fp32, base 2.
     A NaN reaches its own row and the rows that see it, no other. A score of -inf has weight 0; a row of no
