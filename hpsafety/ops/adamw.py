@@ -32,7 +32,7 @@ def _check_apart(named):
     spans = []
     for name, tensors in named.items():
         for i, x in enumerate(tensors):
-            if x.numel():
+            if x.numel() and not x.is_meta:
                 begin = x.data_ptr()
                 spans.append((begin, begin + x.numel() * x.element_size(), name, i))
     spans.sort()

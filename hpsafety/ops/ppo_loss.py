@@ -112,4 +112,4 @@ def ppo_loss(
     if impl == "reference":
         return reference.ppo_loss(*rows.values(), mask, entropy=entropy, num_tokens=num_tokens, **settings)
     loss, stats, _ = _op(*rows.values(), mask, entropy, *map(float, settings.values()), number, tensor, impl)
-    return PPOLoss(loss, *stats[:5].unbind())
+    return PPOLoss(loss, *stats.unbind()[:5])

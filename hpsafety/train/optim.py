@@ -70,10 +70,8 @@ class AdamW:
             if index in own.untouched:
                 own.untouched.remove(index)
                 main.copy_(param.grad)
-            elif main.device.type == "cpu":
-                ops.accumulate_(main, param.grad)
             else:
-                main.add_(param.grad)
+                ops.accumulate_(main, param.grad)
             param.grad = None
 
         return add
