@@ -100,6 +100,7 @@ def recall_figure(result: dict) -> str:
         dress(
             ax, family if result["recall"]["before"][family]["trained"] else f"{family} (not trained)", "turn"
         )
+        ax.set_xticks(result["eval_turns"])
     axes[0].set_ylabel("followed, %", color=INK, fontsize=8)
     axes[0].legend(frameon=False, fontsize=7, labelcolor=INK)
     return to_svg(fig, f"Recall of the first turn's instruction. {'; '.join(words)}.")

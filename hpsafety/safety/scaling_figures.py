@@ -92,6 +92,40 @@ def scores_figure(variants: list[dict]) -> str:
     return to_svg(fig, f"Scores of the held-out answers. {'; '.join(words)}.")
 
 
+def label_points(ax, points: list[tuple[float, float]], labels: list[str]) -> None:
+    """Writes each label at a corner of its point, the first where it covers no other label and no other point."""
+    size = 9
+    ax.margins(0.08)
+    ax.autoscale_view()
+    places = [ax.transData.transform(p) * 72 / ax.figure.dpi for p in points]  # in typographic points
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    for point, (x, y), label in zip(points, places, labels, strict=True):
+        wide = 0.68 * size * len(label)
+        corners = [
+            (6, 5),
+            (6, -5 - size),
+            (-6 - wide, 5),
+            (-6 - wide, -5 - size),
+            (6, 5 + size),
+            (6, -5 - 2 * size),
+        ]
+        boxes = [(x + dx, y + dy, x + dx + wide, y + dy + size) for dx, dy in corners]
+        covered = [
+            sum(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in taken) for a in boxes
+        ]
+        best = covered.index(min(covered))
+        taken.append(boxes[best])
+        ax.annotate(
+            label,
+            point,
+            xytext=corners[best],
+            textcoords="offset points",
+            fontsize=size,
+            fontweight="bold",
+            color=INK,
+        )
+
+
 def trade_figure(variants: list[dict]) -> str:
     """The whole trade: safety score (up) against its two prices, over-refusal (right is worse) and helpfulness (left is
     worse); the share of the safety data is written at the points."""
@@ -106,23 +140,13 @@ def trade_figure(variants: list[dict]) -> str:
         across = [v["measures"][name] for v in variants]
         xs, ys = [scale * m["value"] for m in across], [m["value"] for m in up]
         ax.plot(xs, ys, color=INK, alpha=0.4, linewidth=1)
-        for i, (x, y, m, above, colour, v) in enumerate(
-            zip(xs, ys, across, up, ramp(len(xs)), variants, strict=True)
-        ):
+        for x, y, m, above, colour in zip(xs, ys, across, up, ramp(len(xs)), strict=True):
             (left, right), (down, high) = spread(m, scale), spread(above)
             ax.errorbar(
                 x, y, xerr=[[left], [right]], yerr=[[down], [high]], fmt="o", color=colour, markersize=8, capsize=3,
                 alpha=0.9, elinewidth=0.9,
             )  # fmt: skip
-            ax.annotate(
-                _name(v),
-                (x, y),
-                xytext=(6, -13 if i % 2 else 6),
-                textcoords="offset points",
-                fontsize=9,
-                fontweight="bold",
-                color=INK,
-            )
+        label_points(ax, list(zip(xs, ys, strict=True)), [_name(v) for v in variants])
         ax.set(xlabel=label)
         ax.xaxis.label.set(fontsize=8.5)
     axes[0].set_ylabel("mean safety score, adversarial prompts")

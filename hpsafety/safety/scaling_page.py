@@ -26,6 +26,15 @@ def score_rows(result: dict) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
+def score_tables(result: dict) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """(header, rows) of a table of safety scores and one of helpfulness scores: together they are wider than a page."""
+    rows, names = score_rows(result), list(SCORES)
+    return [
+        (("safety data", "rows", *names[:4]), [row[:6] for row in rows]),
+        (("safety data", *names[4:]), [(row[0], *row[6:]) for row in rows]),
+    ]
+
+
 def score(found: dict, sign: str = "") -> str:
     """'0.710 (0.682-0.751)'; of a change with its sign, '+0.010 (-0.020, +0.034)'."""
     if found["value"] is None:
@@ -100,7 +109,7 @@ def write_page(result: dict, path: Path) -> None:
     page = environment.get_template("scaling.html").render(
         title="What safety data buys, and what it costs", result=result, trend=trend_line(result),
         names=[percent(v["fraction"]) for v in variants], base=percent(result["base_fraction"]),
-        score_header=("safety data", "rows", *SCORES), score_rows=score_rows(result),
+        score_tables=score_tables(result),
         refusal_header=refusal_header(result), refusal_rows=refusal_rows(result),
         few=result["sets"]["adversarial"] < FEW, trade=Markup(trade_figure(variants)),
         curves=Markup(curves_figure(variants)), scores=Markup(scores_figure(variants)),
