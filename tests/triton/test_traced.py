@@ -1,6 +1,6 @@
-"""Every op on a GPU that is not there: traced by make_fx and torch.compile(fullgraph=True) over fake CUDA tensors, it is
-one node that names the Triton backend, and what it returns lies on the GPU. Backward passes are traced without values in
-tests/train/test_no_host_sync.py, since autograd asks a build without CUDA for the device.
+"""Every op on a GPU that is not there: traced by make_fx and torch.compile(fullgraph=True) over fake CUDA tensors, it
+is one node that names the Triton backend, and what it returns lies on the GPU. Backward passes are traced without
+values in tests/train/test_no_host_sync.py, since autograd asks a build without CUDA for the device.
 """
 
 import pytest
