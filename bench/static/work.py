@@ -170,7 +170,7 @@ FORMULAS = {
 } | {"rope_": rope, "rope_qkv_backward": rope_qkv}  # fmt: skip
 
 # Functions that read some rows only of what they are given: what their launches move is the formula's bytes.
-PARTIAL = {"reward_score"}
+PARTIAL = {"reward_score", "paged_attention"}
 
 # Launches that find nothing to do in the cases, by a word of their configuration, and so have no work: rows where a
 # number is not finite, and rows of weight zero. Of the former, what a loop spills is no fault.
