@@ -16,6 +16,7 @@ ABOUT = {
     "spill": "bytes a lane moves to and from its stack: whole kernel, and loop_spill in any loop",
     "model": "cycles of the hot loop on each pipe of a scheduler: a model, not a measurement",
 }
+WHOLE = ("instructions", "mma", "eq", "mufu", "barriers", "atomics", "spill")  # beside a hot loop
 
 
 def make_row(one, figures: dict) -> dict:
@@ -41,6 +42,10 @@ def make_row(one, figures: dict) -> dict:
     body["occupancy"] = [*body["occupancy"].values()]
     if body["hot"] == body["whole"]:
         del body["hot"]
+    else:
+        body["whole"] = {name: body["whole"][name] for name in WHOLE}
+    if not body["stack"]:
+        del body["stack"]
     return head | {name: _compact(value) for name, value in body.items()}
 
 

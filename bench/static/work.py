@@ -170,11 +170,12 @@ FORMULAS = {
 } | {"rope_": rope, "rope_qkv_backward": rope_qkv}  # fmt: skip
 
 # Functions that read some rows only of what they are given: what their launches move is the formula's bytes.
-PARTIAL = {"reward_score"}
+PARTIAL = {"reward_score", "paged_attention"}
 
-# Launches that find nothing to do unless a number is not finite, by a word of their configuration: no work is counted,
-# and what their loops spill is no fault.
-IDLE = {"attention_forward": "REDO=True"}
+# Launches that find nothing to do in the cases, by a word of their configuration, and so have no work: rows where a
+# number is not finite, and rows of weight zero. Of the former, what a loop spills is no fault.
+IDLE = {"attention_forward": "REDO=True", "linear_logprob_forward": "REST=True"}
+MAY_SPILL = {"attention_forward"}
 
 # Of a function's operations, the share that a kernel does, recomputation included: more than 1 together then. The
 # tensor-core kernels of a function that is not here, or that has other kernels by now, share equally.

@@ -173,6 +173,7 @@ def test_more_faults():
     assert check.faults(planted(arch="sm_90", shared=200_000), (65536, 200_000), True) == []
     rarely = planted(kernel="attention_forward", config="REDO=True warps=8 stages=2", loop_spill=8)
     assert check.faults(rarely, FITS, True) == []
+    assert check.faults(rarely | {"kernel": "linear_logprob_forward", "config": "REST=True"}, FITS, True)
     vectors = planted(whole={"instructions": 9, "mma": 0, "spill": 0})
     assert check.faults(vectors, FITS, False) == []
     assert check.missing_tensor_cores([vectors]) == [
