@@ -6,7 +6,7 @@ import triton.language as tl
 
 from hpsafety.triton_kernels.launch import launch
 
-SHARED_BYTES = (16384, 16384)  # a block's at most, on sm_80 and on sm_90; tests/triton/test_static.py compares
+SHARED_BYTES = (16384, 16384)  # a block's at most, on sm_80 and on sm_90
 ROWS_PER_PARTIAL = 32  # grad_weight is summed over 32 rows on chip, then over the partials: 4 % more bytes
 COLUMNS_PER_SUM = 64
 
