@@ -1,6 +1,6 @@
 """distill_loss, forward and backward. Limit: the GEMMs. p is the teacher, q the student, x = log p - log q.
 
-A program makes the logits of one tile of both models. The two KL stream: five numbers per row and split remain. "jsd"
+A program makes the logits of one tile of both models. The two KL stream: six numbers per row and split remain. "jsd"
 needs both normalisers before its first term and makes the logits twice: four GEMMs forward instead of two, and no
 memory. Backward is linear_tiles.linear_backward, with the gradients of csrc/cpu/distill_loss_backward.cpp.
 """
@@ -44,6 +44,13 @@ def expm1_negative(y):
 
 
 @triton.jit
+def lost_digits(z, m, d):
+    """What rounding took from d = z - m."""
+    z_again = d + m
+    return tl.where(tl.abs(d) == float("inf"), 0.0, (z - z_again) - (m - (z_again - d)))
+
+
+@triton.jit
 def log_over_mean(distance):
     """log(larger / m) of two probabilities whose ratio is exp(distance), m their mean: -log((1 + exp(-distance)) / 2).
 
@@ -65,10 +72,14 @@ def log_over_mean(distance):
 @triton.jit(do_not_specialize=["n"])
 def pair_forward(
     a_ptr, a_w_ptr, b_ptr, b_w_ptr, partial_ptr, n, v, d_a, d_b, a_stride, a_w_stride, b_stride, b_w_stride, alpha,
-    splits, EVEN_A: tl.constexpr, EVEN_B: tl.constexpr, TILES: tl.constexpr,
+    splits, EXACT: tl.constexpr, EVEN_A: tl.constexpr, EVEN_B: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Per row and split of KL(a||b): both maxima and sums, and u = sum exp(da) (da - db) with d = z - m."""
+    """Per row and split of KL(a||b): both maxima and sums, and u = sum exp(da) (da - db) with d = z - m, in two floats.
+
+    EXACT: where a is all but certain, the gradient is what remains of u and one da - db, which may be hundreds; so u
+    takes the digits that da and db lost.
+    """
     block, split = grouped(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP)
     place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row, row_mask = place.to(tl.int64), place < n
@@ -76,7 +87,7 @@ def pair_forward(
     m_b = tl.full([BLOCK_M], float("-inf"), tl.float32)
     s_a = tl.zeros([BLOCK_M], tl.float32)
     s_b = tl.zeros([BLOCK_M], tl.float32)
-    u = tl.zeros([BLOCK_M], tl.float32)
+    u = tl.zeros([BLOCK_M], tl.float64)
     old_a = tl.zeros([BLOCK_M], tl.float32)  # what the exponents were taken against: m, or 0 while it is -inf
     old_b = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(0, TILES):
@@ -102,8 +113,12 @@ def pair_forward(
             d_za = z_a - new_a[:, None]
             d_zb = z_b - new_b[:, None]
             e = tl.exp(d_za)
-            u = scale * (u + ((old_a - new_a) - (old_b - new_b)) * s_a)
-            u += tl.sum(tl.where(e == 0, 0.0, e * (d_za - d_zb)), 1)
+            shift = (old_a - new_a).to(tl.float64) - (old_b - new_b).to(tl.float64)
+            u = scale.to(tl.float64) * (u + shift * s_a.to(tl.float64))
+            u += tl.sum(tl.where(e == 0, 0.0, e * (d_za - d_zb)), 1).to(tl.float64)
+            if EXACT:
+                lost = lost_digits(z_a, new_a[:, None], d_za) - lost_digits(z_b, new_b[:, None], d_zb)
+                u += tl.sum(tl.where(e == 0, 0.0, e * lost), 1).to(tl.float64)
             s_a = scale * s_a + tl.sum(e, 1)
             s_b = tl.exp(m_b - new_b) * s_b + tl.sum(tl.exp(d_zb), 1)
             m_a, m_b, old_a, old_b = top_a, top_b, new_a, new_b
@@ -113,7 +128,10 @@ def pair_forward(
     tl.store(at + size, s_a, mask=row_mask)
     tl.store(at + 2 * size, m_b, mask=row_mask)
     tl.store(at + 3 * size, s_b, mask=row_mask)
-    tl.store(at + 4 * size, u, mask=row_mask)
+    upper = u.to(tl.float32)
+    tl.store(at + 4 * size, upper, mask=row_mask)
+    lower = tl.where(tl.abs(upper) == float("inf"), 0.0, (u - upper.to(tl.float64)).to(tl.float32))
+    tl.store(at + 5 * size, lower, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -147,6 +165,7 @@ def merge_pairs(
         m_b_part = tl.load(at + 2 * size, mask=inside, other=float("-inf")).to(tl.float64)
         s_b_part = tl.load(at + 3 * size, mask=inside, other=0.0).to(tl.float64)
         u_part = tl.load(at + 4 * size, mask=inside, other=0.0).to(tl.float64)
+        u_part += tl.load(at + 5 * size, mask=inside, other=0.0).to(tl.float64)
         top_a = tl.maximum(m_a, tl.max(m_a_part, 0))
         top_b = tl.maximum(m_b, tl.max(m_b_part, 0))
         new_a = tl.where(top_a == float("-inf"), 0.0, top_a)
@@ -278,8 +297,11 @@ def distill_dlogits(
     row = tl.load(index_ptr + at_row, mask=row_mask, other=0).to(tl.int64)
     g = tl.load(grad_ptr + row, mask=row_mask, other=0.0) * alpha
     m_q, log_q, m_p, log_p, shift, divergence = load_norm(norm_ptr, n, row, row_mask)
-    d_q_m = z_q * alpha - m_q[:, None]
-    d_p_m = z_p * alpha - m_p[:, None]
+    # Rounded before m is subtracted, as in the forward; the choice keeps the two from becoming one FMA.
+    z_q = tl.where(inside[None, :], z_q * alpha, 0.0)
+    z_p = tl.where(inside[None, :], z_p * alpha, 0.0)
+    d_q_m = z_q - m_q[:, None]
+    d_p_m = z_p - m_p[:, None]
     log_of_q = d_q_m - log_q[:, None]
     if KIND == REVERSE_KL:
         # Where q is all but certain, x + KL(q||p) is what remains of two numbers that may be thousands: two floats.
@@ -287,7 +309,8 @@ def distill_dlogits(
         upper = centre.to(tl.float32)
         lower = (centre - upper.to(tl.float64)).to(tl.float32)
         q = tl.exp(log_of_q)
-        minus = ((d_p_m - d_q_m) - upper[:, None]) - lower[:, None]
+        lost = lost_digits(z_p, m_p[:, None], d_p_m) - lost_digits(z_q, m_q[:, None], d_q_m)
+        minus = ((d_p_m - d_q_m) - upper[:, None]) + (lost - lower[:, None])
         dz = tl.where(q == 0, 0.0, -q * minus)
     else:
         x = (d_p_m - d_q_m) - shift.to(tl.float32)[:, None]
@@ -329,10 +352,10 @@ def distill_loss(student_hidden, student_weight, teacher_hidden, teacher_weight,
         return side[0].shape[1] % config["BLOCK_K"] == 0
 
     a, b = (teacher, student) if kind == "forward_kl" else (student, teacher)
-    partial = loss.new_empty((5, splits, n))
+    partial = loss.new_empty((6, splits, n))
     launch(
         pair_forward, programs, *a, *b, partial, *sizes(a, b),
-        EVEN_A=even(a), EVEN_B=even(b), TILES=in_split, GROUP=GROUP, **config,
+        EXACT=kind == "reverse_kl", EVEN_A=even(a), EVEN_B=even(b), TILES=in_split, GROUP=GROUP, **config,
     )  # fmt: skip
     launch(merge_pairs, merges, partial, loss, norm, n, splits, STUDENT_FIRST=kind != "forward_kl", **merged)
     if kind == "jsd":

@@ -209,7 +209,9 @@ def logprob_dlogits(
     log_s = tl.load(norm_ptr + n + row, mask=row_mask, other=0.0)
     target = tl.load(target_ptr + row, mask=row_mask, other=-1).to(tl.int64) - first_word
     a = -tl.load(grad_ptr + row, mask=row_mask, other=0.0) * alpha
-    logp = (z * alpha - m[:, None]) - log_s[:, None]
+    # Rounded before m is subtracted, as in the forward; the choice keeps the two from becoming one FMA.
+    z = tl.where((word < words)[None, :], z * alpha, 0.0)
+    logp = (z - m[:, None]) - log_s[:, None]
     p = tl.exp(logp)
     if ENTROPY:
         b = -tl.load(grad_entropy_ptr + row, mask=row_mask, other=0.0) * alpha

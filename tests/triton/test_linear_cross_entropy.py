@@ -48,7 +48,7 @@ def masked(args, share, seed=3):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "n, d, v", [(0, 8, 5), (1, 64, 33), (15, 5, 1), (31, 33, 127), (33, 32, 129), (140, 40, 300)]
+    "n, d, v", [(0, 8, 5), (1, 64, 33), (15, 5, 1), (31, 33, 127), (33, 32, 129), (130, 24, 200)]
 )
 def test_matches_oracle(dtype, n, d, v):
     """KER-2: loss, logprobs and gradients around the borders of tiles and of parts."""
@@ -60,7 +60,7 @@ def test_matches_oracle(dtype, n, d, v):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_tiles(dtype, real_tiles):
-    args = make_inputs(130, 40, 300, dtype)
+    args = make_inputs(130, 40, 150, dtype)
     check_triton("linear_cross_entropy", ops.linear_cross_entropy, args, grads=TRAINED)
 
 

@@ -68,7 +68,7 @@ def incoming(n, seed=5, share=1.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize(
-    "n, d, v", [(0, 8, 5), (1, 64, 33), (15, 5, 1), (31, 33, 127), (33, 32, 129), (65, 40, 300)]
+    "n, d, v", [(0, 8, 5), (1, 64, 33), (15, 5, 1), (31, 33, 127), (33, 32, 129), (65, 24, 200)]
 )
 def test_matches_oracle(dtype, entropy, n, d, v):
     """KER-2: forward and backward around the borders of tiles, of splits and of the parts of dz."""
@@ -78,7 +78,7 @@ def test_matches_oracle(dtype, entropy, n, d, v):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_tiles(dtype, real_tiles):
-    args = make_inputs(130, 40, 300, dtype)
+    args = make_inputs(130, 40, 150, dtype)
     check_triton("linear_logprob", ops.linear_logprob, args, entropy=True, temperature=0.5)
 
 
@@ -104,8 +104,8 @@ def test_drawn_shapes(seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_gradient(dtype):
     """They may hold anything and get exact zeros; the rest is to the bit as if they had not been there."""
-    args = place(make_inputs(110, 24, 130, dtype))
-    trained, grad, grad_entropy = incoming(110, share=0.65)
+    args = place(make_inputs(70, 24, 130, dtype))
+    trained, grad, grad_entropy = incoming(70, share=0.6)
     *_, dh, dw = run(args, grad, grad_entropy)
     kept = {k: v if k == "weight" else v[trained] for k, v in args.items()}
     *_, alone_h, alone_w = run(kept, grad[trained], grad_entropy[trained])
