@@ -20,7 +20,7 @@ import triton.language as tl
 from hpsafety.triton_kernels.attention_tiles import query_tiles
 from hpsafety.triton_kernels.launch import capability, launch
 
-SHARED_BYTES = (131072, 163840)
+SHARED_BYTES = (98304, 163840)
 LOWEST = tl.constexpr(
     -3.4028234663852886e38
 )  # the first maximum: finite, so that a score of -inf has weight 0
@@ -103,20 +103,18 @@ def finite(x):
 
 
 @triton.jit
-def not_finite_part(weights, sees, v):
-    """weights @ v over the values that are NaN or infinite, for the rows that see them; 0 where there are none.
-
-    One product counts them: 1 for each infinity, 2^8 for each of the other sign, 2^16 for each NaN, and 2^16 times as
-    much where the weight is 0 or NaN.
-    """
-    code = tl.where(v.to(tl.float32) == MINUS_INF, 256.0, 65536.0)
-    code = tl.where(finite(v), 0.0, tl.where(v.to(tl.float32) == INF, 1.0, code))
-    counts = tl.where(sees, tl.where(weights > 0, 1.0, 65536.0), 0.0)
-    found = tl.dot(counts.to(v.dtype), code.to(v.dtype), input_precision="ieee")
-    down = tl.floor(found / 256.0)
-    value = tl.where(down > 0, MINUS_INF, INF)
-    value = tl.where((found >= 65536.0) | ((down > 0) & (found > down * 256.0)), float("nan"), value)
-    return tl.where(found > 0, value, 0.0)
+def add_not_finite(
+    acc, weights, sees, v_ptr, key, key1, dim, V_TOKEN: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr
+):
+    """acc + weights @ v over those values of a block that are NaN or infinite, for the rows that see them."""
+    column = tl.arange(0, KEYS)
+    for j in range(0, KEYS):
+        here = tl.where(key + j < key1, dim, DIM) < DIM
+        v = tl.load(v_ptr + (key + j).to(tl.int64) * V_TOKEN + dim, mask=here, other=0.0)
+        weight = tl.sum(tl.where((column == j)[None, :], weights, 0.0), 1)
+        counts = (key + j < sees)[:, None] & (finite(v) == 0)[None, :]
+        acc += tl.where(counts, weight[:, None] * v.to(tl.float32)[None, :], 0.0)
+    return acc
 
 
 @triton.jit
@@ -205,12 +203,13 @@ def attention_forward(
             seen = column[None, :] < (sees - key)[:, None]
             s = tl.where(seen, s, MINUS_INF)
             weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
-            v = load_rows(
-                v_ptr + key.to(tl.int64) * V_TOKEN, v_at, there, out_dim, DIM, DIM != BLOCK_DIM, True
-            )
+            v_block = v_ptr + key.to(tl.int64) * V_TOKEN
+            v = load_rows(v_block, v_at, there, out_dim, DIM, DIM != BLOCK_DIM, True)
             if REDO:
-                acc += not_finite_part(weights, seen, v)
-                v = tl.where(finite(v), v, 0.0).to(v.dtype)
+                acc = add_not_finite(acc, weights, sees, v_ptr, key, key1, out_dim, V_TOKEN, DIM, KEYS)
+                # Loaded again without those values: where() would be done on the operands, 8 times in registers.
+                keep = there[:, None] & (out_dim < DIM)[None, :] & finite(v)
+                v = tl.load(v_block + (v_at[:, None] + out_dim[None, :]), mask=keep, other=0.0)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
     at = token.to(tl.int64) * (kv_heads * RATIO) + head
@@ -241,7 +240,11 @@ def attention(q, k, v, segments, softmax_scale, deterministic):
     redo = q.new_empty(programs, dtype=torch.int32)
     scale_log2 = softmax_scale * math.log2(math.e)
     for again in (False, True):
-        parts = 2 if again and block_dim > 16 else 1  # its counts take as many registers as its sums
+        parts = 1
+        if (
+            again
+        ):  # its counts take as many registers as its sums; values are looked at before they are shared
+            parts, config = max(1, block_dim // 32), config | {"num_stages": 1}
         launch(
             attention_forward, programs * parts, q, k, v, out, lse, segments, tiles, redo, scale_log2, kv_heads,
             **strides(q=q, k=k, v=v), **packed, DIM=dim, BLOCK_DIM=block_dim, REDO=again, PARTS=parts, **config,

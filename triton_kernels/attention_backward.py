@@ -20,7 +20,7 @@ from hpsafety.triton_kernels.attention import dense_last, load_rows, offsets, pa
 from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
 from hpsafety.triton_kernels.launch import capability, launch
 
-SHARED_BYTES = (131072, 163840)
+SHARED_BYTES = (98304, 131072)
 NEVER = tl.constexpr(2**31 - 1)
 
 
