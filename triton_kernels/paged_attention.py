@@ -221,18 +221,20 @@ def combine(
 
 def keys_per_block(dim: int, dtype: torch.dtype) -> int:
     """Keys that a row takes in one step of its running softmax; part of what defines the bits of a sequential row."""
-    return 32 if dim > 128 or dtype == torch.float32 else 64
+    if dtype == torch.float32:
+        return 16 if dim > 128 else 32
+    return 32 if dim > 128 else 64
 
 
 def _config(dim: int, heads: int, dtype: torch.dtype) -> dict:
-    """Rows of a prefix tile and of an own tile, keys, warps and stages."""
-    fp32 = dtype == torch.float32
+    """Rows of a prefix tile and of an own tile, keys, warps and stages; `heads` of a kv head."""
+    fp32 = dtype == torch.float32  # no tensor cores: more rows would spill
     return {
-        "prefix_rows": 32 if fp32 else 64,
-        "own_rows": min(max(16, triton.next_power_of_2(heads)), 32 if fp32 else 64),
+        "prefix_rows": 16 if fp32 else 64,
+        "own_rows": 16 if fp32 else min(max(16, triton.next_power_of_2(heads)), 64),
         "split": SPLIT,
         "keys": keys_per_block(dim, dtype),
-        "num_warps": 4,
+        "num_warps": 8 if dim > 128 else 4,
         "num_stages": 1 if fp32 else 3,
     }
 

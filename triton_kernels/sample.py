@@ -39,6 +39,7 @@ from hpsafety.triton_kernels.sample_arithmetic import (
 
 SHARED_BYTES = (0, 0)
 SLICES = 16
+BLOCK = 2048  # words that find_border looks at in one step
 LIST = 4096  # words that find_border takes from a list; where the slice has more, it looks at the whole row
 LN2 = tl.constexpr(0.693147182)
 NO_INDEX = tl.constexpr(2147483647)
@@ -340,7 +341,7 @@ def sample(logits, temperature, top_p, top_k, seeds, positions):
         )  # fmt: skip
         launch(
             find_border, rows, *row, words_of_slice, found, *numbers, target, LIST=LIST,
-            BLOCK=min(2048, chunk), num_warps=8, **common,
+            BLOCK=BLOCK, num_warps=8, **common,
         )  # fmt: skip
         return found
 
