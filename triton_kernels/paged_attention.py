@@ -21,7 +21,7 @@ import triton.language as tl
 
 from hpsafety.triton_kernels.launch import launch
 
-SHARED_BYTES = (0, 0)
+SHARED_BYTES = (69760, 98432)  # of head dim 256, on sm_80 and on sm_90
 SPLIT = 512  # keys: fp32 partials of 4 query heads are then 3 % of a bf16 split's bytes, written and read
 LOG2_E = 1.4426950408889634
 MAX_LENGTH = 2**31 - 1
@@ -234,7 +234,7 @@ def _config(dim: int, heads: int, dtype: torch.dtype) -> dict:
         "own_rows": 16 if fp32 else min(max(16, triton.next_power_of_2(heads)), 64),
         "split": SPLIT,
         "keys": keys_per_block(dim, dtype),
-        "num_warps": 8 if dim > 128 else 4,
+        "num_warps": 8 if dim > (64 if fp32 else 128) else 4,
         "num_stages": 1 if fp32 else 3,
     }
 

@@ -37,7 +37,7 @@ from hpsafety.triton_kernels.sample_arithmetic import (
     top_p_target,
 )
 
-SHARED_BYTES = (0, 0)
+SHARED_BYTES = (32768, 32768)
 SLICES = 16
 BLOCK = 2048  # words that find_border looks at in one step
 LIST = 4096  # words that find_border takes from a list; where the slice has more, it looks at the whole row

@@ -147,8 +147,8 @@ def paged_attention(
                       merged by their log-sum-exp. A group may have no tokens, or no members (its table is not read)
     softmax_scale     factor of the scores, 1/sqrt(K) by default
     sequential        True takes a sequence's keys block after block, its prefix first, as attention does: the bits are
-                      those of attention's last row of a segment with that prefix. A long context is then one thread's
-                      work for each kv head. The reference gives the same either way
+                      those of attention's last row of a segment with that prefix. A long context is then the work of
+                      one thread (on a GPU, of one block) for each kv head. The reference gives the same either way
     returns           (B, H, K) like q, fresh; zeros for a sequence without any token
     Forward only, nothing is saved. The arithmetic is fp32. A sequence's bits depend on its own query, keys, values and
     prefix length alone: not on the other sequences, the members of its group, page size, tables or threads.
@@ -156,6 +156,7 @@ def paged_attention(
     hold +inf, is NaN, as softmax is.
     Raises ValueError on shapes, dtypes, strides or devices that do not fit, on a used page outside of k_pages, a
     length that is negative or longer than its table covers, a group out of range, and where a gradient would flow.
+    On a GPU the values of tables and lengths are read only with HPSAFETY_CHECK=1: wrong ones read memory of others.
     """
     check(
         not torch.is_grad_enabled()
