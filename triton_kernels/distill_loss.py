@@ -21,10 +21,7 @@ from hpsafety.triton_kernels.linear_tiles import (
     with_rows,
 )
 
-SHARED_BYTES = (
-    131072,
-    196608,
-)  # a block's at most, on sm_80 and on sm_90; tests/triton/test_static.py compares
+SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
 WORDS_PER_SPLIT = 1024
 MERGED_ROWS, MERGED_SPLITS = 32, 16
 FORWARD_KL = tl.constexpr("forward_kl")

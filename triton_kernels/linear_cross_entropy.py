@@ -23,10 +23,7 @@ from hpsafety.triton_kernels.linear_tiles import (
     with_rows,
 )
 
-SHARED_BYTES = (
-    131072,
-    196608,
-)  # a block's at most, on sm_80 and on sm_90; tests/triton/test_static.py compares
+SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
 DZ_BYTES = 256 << 20  # of dz: every part of rows reads and writes the fp32 sums of the weight's gradient
 LEAST_ROWS, MOST_ROWS = 256, 8192
 MERGED_ROWS, MERGED_TILES = 32, 32

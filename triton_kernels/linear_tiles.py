@@ -26,7 +26,7 @@ def _tiles(m: int, n: int, k: int, warps: int, stages: int) -> dict:
 TILES = {
     ("logits", False): (_tiles(128, 128, 64, 8, 4), _tiles(128, 256, 64, 8, 4)),
     ("logits", True): (_tiles(64, 64, 32, 8, 2), _tiles(64, 64, 32, 8, 2)),
-    ("pair", False): (_tiles(128, 128, 64, 8, 4), _tiles(128, 128, 64, 8, 4)),
+    ("pair", False): (_tiles(128, 128, 32, 8, 4), _tiles(128, 128, 64, 8, 4)),
     ("pair", True): (_tiles(64, 64, 32, 8, 2), _tiles(64, 64, 32, 8, 2)),
     ("gradient", False): (_tiles(128, 128, 64, 8, 4), _tiles(128, 256, 64, 8, 4)),
     ("gradient", True): (_tiles(64, 64, 32, 8, 2), _tiles(64, 64, 32, 8, 2)),

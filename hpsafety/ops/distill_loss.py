@@ -108,10 +108,10 @@ def distill_loss(
     returns         (N,) fp32, nats, all >= 0
     Never holds (N, V): saved are five fp64 numbers per row (largest logit and log-sum of both models, the divergence
     that the gradient subtracts), and backward computes the logits again tile by tile. "jsd" holds the logits of 128
-    rows of both models over the vocabulary (50 MB at 49,152 words). Accumulates in fp32 and merges in fp64, the weight
-    gradient in fp32 over all rows; rows whose incoming gradient is zero are left out of the backward. A probability
-    that underflows contributes its limit 0. A row of NaN or infinite hidden gives NaN in that row alone. The number of
-    threads changes no bit.
+    rows of both models over the vocabulary (50 MB at 49,152 words); in Triton it holds none and computes them twice.
+    Accumulates in fp32 and merges in fp64, the weight gradient in fp32 over all rows; rows whose incoming gradient is
+    zero are left out of the backward. A probability that underflows contributes its limit 0. A row of NaN or infinite
+    hidden gives NaN in that row alone. The number of threads changes no bit.
     Raises ValueError on shapes, dtypes, devices, a kind or a temperature that do not fit.
     """
     _check_side("student", student_hidden, student_weight)

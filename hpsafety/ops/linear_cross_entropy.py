@@ -66,7 +66,8 @@ def linear_cross_entropy(hidden, weight, targets, row_weights, *, impl=None):
     row_weights  (N,) fp32, no gradient; the loss's denominator goes in here. Rows of weight 0 do not count at all
     returns      loss () fp32, logprobs (N,) fp32 without gradient
     Three GEMMs for loss and both gradients, where linear_logprob needs four; it holds the logits of 256 rows (50 MB
-    at 49,152 words), for bf16 also the weight gradient in fp32. Backward scales what the forward made, and does not
+    at 49,152 words), for bf16 also the weight gradient in fp32; in Triton as many rows as 256 MB take, at least 256,
+    and the fp32 weight gradient only where N is more than that. Backward scales what the forward made, and does not
     when the incoming gradient is exactly 1. The number of threads changes no bit.
     A hidden row with NaN or inf gives NaN for its logprob and, unless its weight is 0, for the loss.
     Raises ValueError on shapes, dtypes, devices or targets that do not fit.

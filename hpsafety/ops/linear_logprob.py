@@ -111,7 +111,8 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, *, i
     returns      logprobs (N,) fp32, all <= 0, or (logprobs, entropy)
     Accumulates in fp32, the weight gradient over all rows too; rows whose incoming gradients are zero are left out of
     the backward. The number of threads changes no bit, and a row's logprob does not depend on the other rows where
-    the BLAS rounds alike for every M >= 16 (MKL does).
+    the BLAS rounds alike for every M >= 16 (MKL does). In Triton it never does, the backward holds 64 MB of logit
+    gradients and, for bf16, fp32 sums (N, D) and (8192, D), and a target that is no word gives NaN.
     A hidden row with NaN or inf gives NaN for that row alone; such a weight row gives NaN for every row, unless its
     logit is -inf, which counts as probability 0. Rows without incoming gradient may hold anything.
     Raises ValueError on shapes, dtypes, devices or targets that do not fit.
