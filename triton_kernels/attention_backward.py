@@ -7,7 +7,8 @@ chip. Another owns tiles of query rows, as forward does, and sums dQ. Both make 
 five, which buys one writer for every sum, no atomics, and the same bits at every run.
 
 Blocks of rows are counted from the start of the segment or run that they belong to, and come in one order, so that the
-bits of a group's gradients do not depend on what else is in the batch.
+bits of a group's gradients do not depend on what else is in the batch. That holds for finite gradients: a NaN of a row
+also reaches the gradients of the others that share its tile.
 """
 
 import math
