@@ -20,7 +20,7 @@ import triton.language as tl
 from hpsafety.triton_kernels.attention_tiles import query_tiles
 from hpsafety.triton_kernels.launch import capability, launch
 
-SHARED_BYTES = (98304, 163840)
+SHARED_BYTES = (98816, 163840)  # of backward too
 LOWEST = tl.constexpr(
     -3.4028234663852886e38
 )  # the first maximum: finite, so that a score of -inf has weight 0

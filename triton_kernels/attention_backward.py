@@ -7,7 +7,8 @@ chip. Another owns tiles of query rows, as forward does, and sums dQ. Both make 
 five, which buys one writer for every sum, no atomics, and the same bits at every run.
 
 Blocks of rows are counted from the start of the segment or run that they belong to, and come in one order, so that the
-bits of a group's gradients do not depend on what else is in the batch.
+bits of a group's gradients do not depend on what else is in the batch. That holds for finite gradients: a NaN of a row
+also reaches the gradients of the others that share its tile.
 """
 
 import math
@@ -20,7 +21,7 @@ from hpsafety.triton_kernels.attention import dense_last, load_rows, offsets, pa
 from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
 from hpsafety.triton_kernels.launch import capability, launch
 
-SHARED_BYTES = (98304, 131072)
+SHARED_BYTES = (98816, 131072)
 NEVER = tl.constexpr(2**31 - 1)
 
 
@@ -30,7 +31,9 @@ def keys_config(block_dim: int, dtype: torch.dtype, chip: tuple[int, int]) -> di
         return {"ROWS": 16, "KEYS": 32, "num_warps": 8, "num_stages": 1}
     if block_dim > 128:
         return {"ROWS": 32, "KEYS": 64, "num_warps": 8, "num_stages": 1}
-    return {"ROWS": 32 if block_dim > 64 else 64, "KEYS": 128, "num_warps": 8, "num_stages": 2}
+    if block_dim > 64:  # 64 rows would spill in the loops
+        return {"ROWS": 32, "KEYS": 128, "num_warps": 8, "num_stages": 3 if chip < (9, 0) else 2}
+    return {"ROWS": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2}
 
 
 def rows_config(block_dim: int, dtype: torch.dtype, chip: tuple[int, int]) -> dict:
