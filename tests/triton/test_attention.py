@@ -5,11 +5,13 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpsafety import ops, reference
 from hpsafety.triton_kernels import attention as forward
 from hpsafety.triton_kernels import attention_backward as backward
 from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
+from hpsafety.triton_kernels.launch import record
 from tests.ops.forms import PAST_INT32
 from tests.ops.oracle import check_error, run_with_grads, to_fp64
 from tests.ops.test_attention import NAMES, dense_runs, grouped, make_inputs, plain, strided_rows
@@ -357,6 +359,19 @@ def test_tables_are_made_once_for_a_batch():
     segments[0, 1] = 8  # changed in place: the tables are stale
     assert query_tiles(segments, 18, 8) is not first
     assert query_tiles(segments.clone(), 18, 8) is not first
+
+
+def test_fake_tensors_launch_what_real_ones_do(small):
+    """Grids and arguments follow from shapes alone: nothing is read on the host."""
+    args = place(make_inputs(grouped((20, 7, 30)), 4, 2, 16))
+    with record() as real:
+        backward.attention_backward(*call(args)[2])
+    with FakeTensorMode() as mode, record() as fake:
+        backward.attention_backward(*call({n: mode.from_tensor(x) for n, x in args.items()})[2])
+    assert [(x.kernel, x.programs, x.constants) for x in fake] == [
+        (x.kernel, x.programs, x.constants) for x in real
+    ]
+    assert len(real) == 5
 
 
 def test_bad_segments():
