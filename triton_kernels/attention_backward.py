@@ -39,7 +39,7 @@ def keys_config(block_dim: int, dtype: torch.dtype, chip: tuple[int, int]) -> di
 def rows_config(block_dim: int, dtype: torch.dtype, chip: tuple[int, int]) -> dict:
     """ROWS of a tile, KEYS of a block of scores, for dQ."""
     if dtype == torch.float32:
-        return {"ROWS": 32 if block_dim > 64 else 64, "KEYS": 16, "num_warps": 8, "num_stages": 1}
+        return {"ROWS": 16 if block_dim > 64 else 64, "KEYS": 16, "num_warps": 8, "num_stages": 1}
     if block_dim > 128:
         return {"ROWS": 64, "KEYS": 32, "num_warps": 8, "num_stages": 1}
     return {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2}
