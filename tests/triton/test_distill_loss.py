@@ -127,7 +127,8 @@ def test_drawn_shapes(kind, seed):
     args = make_inputs(
         draw(1, 150), d, d2, draw(1, 600), DTYPES[draw(0, 2)], DTYPES[draw(0, 2)], seed, scale=draw(1, 6)
     )
-    check(args, kind, temperature=draw(1, 8) / 4)
+    # jsd: where the student is certain, the gradient is half an ulp of log 2 minus log 2 (see above)
+    check(args, kind, temperature=draw(1, 8) / 4, factor=4.0 if kind == "jsd" else 2.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
