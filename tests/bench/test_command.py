@@ -62,7 +62,7 @@ def test_words_may_stand_in_the_config_file(tmp_path):
         (["rope", "--impl", "apex"], "--impl apex: rope has no apex backend; it has: reference, cpu"),
         (
             ["rope", "--impl", "tpu"],
-            "--impl tpu: rope has no such contender; backends: reference, cpu; peers: torch",
+            "--impl tpu: rope has no such contender; backends: reference, cpu, triton; peers: torch",
         ),
         (["rope", "--json", "/nowhere/x.json"], "--json /nowhere/x.json: /nowhere is no directory"),
         (["rope", "--plot", "x.gif"], "--plot must be a file that ends in .png or .svg"),

@@ -233,6 +233,8 @@ def test_reasons(monkeypatch):
     flash_attn_backend.missing.cache_clear()
     assert "does not load (No module named" in why()
     monkeypatch.setattr(flash_attn_backend, "missing", lambda op: None)
+    assert backends.resolve("attention", None, BACKENDS, "cuda", torch.bfloat16) == "triton"
+    monkeypatch.setattr(backends, "triton_unavailable", lambda op, device: "no triton")
     for dtype, serving in ((torch.bfloat16, "flash_attn"), (torch.float32, "reference")):
         assert backends.resolve("attention", None, BACKENDS, "cuda", dtype) == serving
     assert backends.resolve("attention", None, BACKENDS, "cpu", torch.bfloat16) == "cpu"
