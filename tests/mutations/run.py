@@ -127,18 +127,25 @@ ship, and the first test that fails on it. `crashed` and `hung` count as killed.
 
 
 def write_table(rows: list[dict]) -> None:
-    """README.md, from the results of this run and of earlier ones."""
+    """README.md, from the results of this run and of earlier ones; what was run elsewhere keeps its line."""
     found = {f"{r['op']}/{r['name']}": r for r in rows}
+    path = FOLDER / "README.md"
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    told = {
+        tuple(line.split(" | ")[:3]): line.split(" | ", 3)[3].removesuffix(" |")
+        for line in old
+        if " | " in line
+    }
     lines = []
     for m in sorted(load(), key=lambda m: m.id):
         row = found.get(m.id)
-        outcome = "not run"
+        outcome = told.get((f"| {m.op}", m.name, m.kind), "not run")
         if row is not None:
             outcome = f"{row['status']}: {row['by']}" if m.equivalent else row["status"]
             if row["test"]:
                 outcome += f" by `{row['test']}`" + ("" if row["status"] == "killed" else f" ({row['by']})")
         lines.append(f"| {m.op} | {m.name} | {m.kind} | {outcome.replace('|', '/')} |\n")
-    (FOLDER / "README.md").write_text(HEAD + "".join(lines), encoding="utf-8")
+    path.write_text(HEAD + "".join(lines), encoding="utf-8")
 
 
 def choose(mutants: list[Mutant], only: list[str], fifth: int | None) -> list[Mutant]:
