@@ -75,7 +75,8 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs are left alone: hidden rows have the dtype already, and the rotary tables must stay fp32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "shard_placement_fn": lambda p: _shard_dim(p, world.size)}
     modules = [*model.blocks, model]
     for module in modules:

@@ -47,6 +47,16 @@ def test_ranks_change_rounding_only(model_dir, data_file, tmp_path):
     assert model_bytes(tmp_path / "two").keys() == model_bytes(tmp_path / "alone").keys()
 
 
+def test_ranks_in_bf16(model_dir, data_file, tmp_path):
+    """Sharded in bf16 the losses are those of one process as far as bf16 goes: gradients are reduced in fp32."""
+    alone = config(model_dir, data_file, tmp_path / "alone", steps=6, precision="bf16")
+    assert run_script(alone).returncode == 0
+    result = torchrun(2, config(model_dir, data_file, tmp_path / "two", steps=6, precision="bf16"))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=2e-2)
+    assert metrics(tmp_path / "two")[0]["loss"] == pytest.approx(metrics(tmp_path / "alone")[0]["loss"], rel=2e-3)
+
+
 def test_two_rank_checkpoint_resumes_on_one(model_dir, data_file, tmp_path):
     """A run of 2 ranks, stopped by SIGTERM on one of them, goes on alone to the same losses."""
     alone = config(model_dir, data_file, tmp_path / "alone", steps=10)
