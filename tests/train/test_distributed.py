@@ -54,7 +54,9 @@ def test_ranks_in_bf16(model_dir, data_file, tmp_path):
     result = torchrun(2, config(model_dir, data_file, tmp_path / "two", steps=6, precision="bf16"))
     assert result.returncode == 0, result.stderr[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=2e-2)
-    assert metrics(tmp_path / "two")[0]["loss"] == pytest.approx(metrics(tmp_path / "alone")[0]["loss"], rel=2e-3)
+    assert metrics(tmp_path / "two")[0]["loss"] == pytest.approx(
+        metrics(tmp_path / "alone")[0]["loss"], rel=2e-3
+    )
 
 
 def test_two_rank_checkpoint_resumes_on_one(model_dir, data_file, tmp_path):
