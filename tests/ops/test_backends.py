@@ -1,9 +1,14 @@
 """Which backend serves a call: forced, by HPSAFETY_IMPL, and by default; told apart by the oracles' call counter."""
 
+import importlib
+import types
+
 import pytest
 import torch
 
 from hpsafety import ops, reference
+from hpsafety.ops import backends
+from hpsafety.ops.table import OPS
 
 
 def adamw_step(**kwargs):
@@ -59,3 +64,80 @@ def test_a_forced_backend_that_cannot_serve_raises(name):
 def test_the_cpu_backend_refuses_other_devices():
     with pytest.raises(ops.BackendUnavailable, match="needs CPU tensors, got device meta"):
         ops.swiglu(torch.zeros(2, 4, device="meta"), impl="cpu")
+
+
+@pytest.fixture
+def fresh():
+    """What is asked once per process is asked anew, before and after."""
+    caches = (backends._triton_missing, backends._gpu_refuses, backends._say_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def pretend_gpu(monkeypatch, **properties) -> None:
+    values = {
+        "name": "Some GPU",
+        "major": 8,
+        "minor": 0,
+        "shared_memory_per_block_optin": 166912,
+    } | properties
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(**values))
+
+
+@pytest.mark.parametrize(
+    "gpu, reason",
+    [
+        ({"major": 7, "minor": 5}, "Some GPU has compute capability 7.5; the Triton kernels need 8.0"),
+        (
+            {"minor": 6, "shared_memory_per_block_optin": 90000},
+            "Some GPU has 90000 bytes of shared memory a block",
+        ),
+    ],
+)
+def test_a_gpu_that_cannot_is_served_by_the_next_backend(fresh, monkeypatch, caplog, gpu, reason):
+    """One line says why, once."""
+    monkeypatch.delenv("HPSAFETY_IMPL", raising=False)
+    pretend_gpu(monkeypatch, **gpu)
+    with caplog.at_level("INFO", logger="hpsafety"):
+        for _ in range(2):
+            assert backends.resolve("attention", None, ("cpu", "triton"), "cuda") == "reference"
+    assert sum(reason in line for line in caplog.messages) == 1
+    with pytest.raises(ops.BackendUnavailable, match="attention: Some GPU has"):
+        backends.resolve("attention", "triton", ("cpu", "triton"), "cuda")
+
+
+def test_a_gpu_that_can_is_served_by_triton(fresh, monkeypatch):
+    monkeypatch.delenv("HPSAFETY_IMPL", raising=False)
+    pretend_gpu(monkeypatch)
+    for op, module in OPS.items():
+        have = importlib.import_module(f"hpsafety.ops.{module}").BACKENDS
+        assert backends.resolve(op, None, have, "cuda") == "triton", op
+
+
+def test_without_triton_or_with_an_untested_one(fresh, monkeypatch):
+    monkeypatch.delenv("HPSAFETY_TRITON_UNTESTED", raising=False)
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: "4.1.0")
+    assert "triton 4.1.0 is not among the tested versions (3.7, 3.9)" in backends.triton_unavailable(
+        "gae", "cuda"
+    )
+    backends._triton_missing.cache_clear()
+    monkeypatch.setenv("HPSAFETY_TRITON_UNTESTED", "1")
+    assert backends.triton_unavailable("gae", "cuda") is None
+    backends._triton_missing.cache_clear()
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed: pip install 'hpsafety[triton]'" in backends.triton_unavailable(
+        "gae", "cuda"
+    )
+
+
+def test_triton_on_a_cpu_is_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        ops.BackendUnavailable, match="needs CUDA tensors, got device cpu; TRITON_INTERPRET=1"
+    ):
+        ops.swiglu(torch.zeros(2, 4), impl="triton")
