@@ -5,6 +5,7 @@ exit code is 1 when any part failed.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -92,6 +93,7 @@ def microbenchmarks(check: Check) -> dict:
     return {"rows": rows}
 
 
+@functools.cache
 def inputs(work: Path) -> dict[str, str]:
     """A small random chat model, two reward models on it, demonstrations and prompts, as files."""
     from hpsafety.model.heads import reward_model_from
@@ -139,17 +141,19 @@ def fine_tuning(check: Check) -> dict:
     paths, steps = inputs(check.work), "3" if check.dry else "20"
     flags = ["--model", paths["model"], "--data", paths["demos.jsonl"], "--steps", steps, "--batch", "8"]
     flags += ["--lr", "1e-3", "--precision", "fp32", "--checkpoint-every", "0"]
-    launches = {"cpu": ["hpsafety"], check.device + " ": ["hpsafety"]}
+    launches = {"the CPU": ["hpsafety"], "the device": ["hpsafety"]}
     if check.gpus > 1:
         launches["all GPUs"] = ["torch.distributed.run", f"--nproc-per-node={check.gpus}", "-m", "hpsafety"]
     losses, rates = {}, {}
     for name, start in launches.items():
-        out = check.work / f"sft-{name.strip().replace(' ', '-')}-{len(losses)}"
-        device = "cpu" if name == "cpu" else check.device
+        out = check.work / f"sft-{name.replace(' ', '-')}"
+        device = "cpu" if name == "the CPU" else check.device
         check.run(*start, "sft", *flags, "--device", device, "--out", str(out))
         rows = metrics(out)
         losses[name], rates[name] = [row["loss"] for row in rows], rows[-1]["tokens_per_s"]
-    worst = {name: largest_difference(row, losses["cpu"]) for name, row in losses.items() if name != "cpu"}
+    worst = {
+        name: largest_difference(row, losses["the CPU"]) for name, row in losses.items() if name != "the CPU"
+    }
     if max(worst.values()) > LOSS_TOLERANCE:
         raise RuntimeError(f"losses differ from the CPU's by {worst}: {losses}")
     return {"steps": int(steps), "losses": losses, "largest_difference": worst, "tokens_per_s": rates}
@@ -161,10 +165,10 @@ def ppo(check: Check) -> dict:
     flags = ["--model", paths["model"], "--safety-rm", paths["safety"], "--helpful-rm", paths["helpful"]]
     flags += ["--data", paths["prompts.jsonl"], "--iterations", "1", "--batch", "16", "--minibatch", "8"]
     flags += ["--max-new-tokens", "24", "--precision", "fp32"]
-    for device in ("cpu", check.device):
-        out = check.work / f"ppo-{device}-{len(figures)}"
+    for name, device in (("the CPU", "cpu"), ("the device", check.device)):
+        out = check.work / f"ppo-{name.replace(' ', '-')}"
         check.run("hpsafety", "ppo", *flags, "--device", device, "--out", str(out))
-        figures[f"{device} {len(figures)}"] = metrics(out)[-1]
+        figures[name] = metrics(out)[-1]
     ratios = [row["ratio_max_first"] for row in figures.values()]
     if max(abs(ratio - 1) for ratio in ratios) > RATIO_TOLERANCE:
         raise RuntimeError(f"the first ratio is not 1: {ratios}")

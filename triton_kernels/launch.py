@@ -72,7 +72,8 @@ def capability(device: torch.device) -> tuple[int, int]:
     return DEFAULT_CAPABILITY
 
 
-def _without_values(x: torch.Tensor) -> bool:
+def without_values(x: torch.Tensor) -> bool:
+    """A fake or meta tensor: kernels over it are recorded and not run, and there are no addresses."""
     return isinstance(x, FakeTensor) or x.device.type == "meta"
 
 
@@ -80,7 +81,7 @@ def _describe(value):
     if not isinstance(value, torch.Tensor):
         return value
     offset = value.storage_offset() * value.element_size()
-    aligned = offset % 16 == 0 if _without_values(value) else value.data_ptr() % 16 == 0
+    aligned = offset % 16 == 0 if without_values(value) else value.data_ptr() % 16 == 0
     return Tensor(value.dtype, tuple(value.shape), tuple(value.stride()), aligned)
 
 
@@ -102,7 +103,7 @@ def launch(kernel, programs: int, *arguments, num_warps=4, num_stages=1, fp_fusi
         one = Launch(kernel, programs, named, dict(constants), num_warps, num_stages, fp_fusion)
         for recording in _recordings:
             recording.launches.append(one)
-    if _without_values(tensors[0]):
+    if without_values(tensors[0]):
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     device = tensors[0].device

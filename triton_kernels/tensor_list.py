@@ -10,7 +10,8 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch._subclasses.fake_tensor import FakeTensor
+
+from hpsafety.triton_kernels.launch import without_values
 
 KEPT = 16  # tables of addresses; gradients that move at every step need new ones, and must not pile up
 
@@ -45,7 +46,7 @@ def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[t
 def chunks(tensors, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The table of chunks of `chunk` elements, a row for each program; and the tensors' sizes."""
     sizes, device = tuple(x.numel() for x in tensors), tensors[0].device
-    if isinstance(tensors[0], FakeTensor):
+    if without_values(tensors[0]):
         count = sum(-(-n // chunk) for n in sizes)
         return tuple(torch.empty(shape, dtype=kind, device=device)
                      for shape, kind in (((count, 2), torch.int32), (len(sizes), torch.int64)))  # fmt: skip
@@ -55,7 +56,7 @@ def chunks(tensors, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
 def addresses(lists) -> tuple[torch.Tensor, bool]:
     """(lists, tensors) int64, and whether every address is divisible by 16 bytes."""
     device = lists[0][0].device
-    if isinstance(lists[0][0], FakeTensor):
+    if without_values(lists[0][0]):
         return torch.empty((len(lists), len(lists[0])), dtype=torch.int64, device=device), True
     table = tuple(tuple(x.data_ptr() for x in tensors) for tensors in lists)
     key = (table, device)

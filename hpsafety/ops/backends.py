@@ -95,6 +95,7 @@ TRITON_TESTED = ("3.7", "3.9")
 MIN_CAPABILITY = (8, 0)
 
 
+@functools.cache
 def triton(op: str):
     """The Triton kernels of one op: the module hpsafety.triton_kernels.<op>, imported at the first call."""
     return importlib.import_module(f"hpsafety.triton_kernels.{op}")

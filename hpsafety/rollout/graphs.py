@@ -45,6 +45,12 @@ def prompt_pages_bucket(pages: int) -> int:
     return 1 << max(0, pages - 1).bit_length()
 
 
+def _inputs(tokens: torch.Tensor, tables: Tables) -> list[torch.Tensor]:
+    """What a step reads, by row of sequences but for the last two, which go by prompt."""
+    table, lens, of = tables.prefix
+    return [tokens, tables.made, tables.prompt_lens, tables.own, of, table, lens]
+
+
 class _Captured:
     """Buffers of one bucket, and the graph that reads them."""
 
@@ -63,21 +69,14 @@ class _Captured:
             ),
             seeds=torch.zeros(sequences, dtype=torch.int64, device=device),
         )
-        self.idle = [t.clone() for t in self._parts()]
+        self.inputs = _inputs(self.tokens, self.tables)
+        self.idle = [t.clone() for t in self.inputs]
         self.filled = 0
         self.replay = self.hidden = None
 
-    def _parts(self) -> list[torch.Tensor]:
-        """What a step reads, by row of sequences but for the last two, which go by prompt."""
-        tables = self.tables
-        table, lens, of = tables.prefix
-        return [self.tokens, tables.made, tables.prompt_lens, tables.own, of, table, lens]
-
     def fill(self, tokens: torch.Tensor, tables: Tables) -> None:
         """Copies a step's inputs in; rows that an earlier, larger step left behind become idle again."""
-        table, lens, of = tables.prefix
-        given = [tokens, tables.made, tables.prompt_lens, tables.own, of, table, lens]
-        for buffer, idle, source in zip(self._parts(), self.idle, given, strict=True):
+        for buffer, idle, source in zip(self.inputs, self.idle, _inputs(tokens, tables), strict=True):
             rows = source.shape[0]
             if source.dim() == 2:
                 buffer[:rows, : source.shape[1]].copy_(source)

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from hpsafety.triton_kernels import distill_loss, linear_cross_entropy, linear_logprob, linear_tiles
@@ -28,6 +29,17 @@ def use_small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(linear_cross_entropy, "LOSS_BLOCK", 32)
     for module in (linear_tiles, linear_logprob, linear_cross_entropy, distill_loss):
         monkeypatch.setattr(module, "GROUP", 2)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch, request):
+    if "real_tiles" not in request.fixturenames:
+        use_small_tiles(monkeypatch)
+
+
+@pytest.fixture
+def real_tiles():
+    """The tiles that a GPU gets."""
 
 
 def blocks(count: int, size: int) -> int:

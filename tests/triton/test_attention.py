@@ -17,6 +17,7 @@ from tests.ops.oracle import check_error, run_with_grads, to_fp64
 from tests.ops.test_attention import NAMES, dense_runs, grouped, make_inputs, plain, strided_rows
 from tests.triton.audit import audit
 from tests.triton.device import DEVICE, check_triton, place
+from tests.triton.last_program import needs_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS, KEYS = 32, 16  # the tests' tiles: small, so that few rows cross many borders
@@ -239,7 +240,7 @@ def watched(args, seed=None, **more):
 SHARED = [grouped((40, 3, 4, 5, 2, 6), (20, 5)), GENERAL[0]]
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the auditor watches the interpreter")
+@needs_interpreter
 @pytest.mark.parametrize("segments", SHARED, ids=range(2))
 def test_memory_and_traffic_of_forward(small, segments):
     """Every row is read and written once; a prefix once per tile and kv head, however many responses are in it."""
@@ -272,7 +273,7 @@ def test_memory_and_traffic_of_forward(small, segments):
         assert sum(40 <= first < 60 for first, *_ in tiles) == 2 and inside == tokens
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the auditor watches the interpreter")
+@needs_interpreter
 @pytest.mark.parametrize("segments", SHARED, ids=range(2))
 def test_memory_and_traffic_of_backward(small, segments):
     """dQ, dK and dV are written once, in any order of the programs with the same bits; a key tile reads each block of

@@ -25,22 +25,13 @@ from tests.triton.linear_forms import (
     blocks,
     blocks_by_part,
     new_bytes,
+    real_tiles,
+    small_tiles,
     traffic_of,
-    use_small_tiles,
 )
 
+__all__ = ["real_tiles", "small_tiles"]  # fixtures
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch, request):
-    if "real_tiles" not in request.fixturenames:
-        use_small_tiles(monkeypatch)
-
-
-@pytest.fixture
-def real_tiles():
-    """The tiles that a GPU gets."""
 
 
 def run(args, grad, grad_entropy=None, temperature=1.0, **needs):
