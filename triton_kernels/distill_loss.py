@@ -12,17 +12,18 @@ import triton.language as tl
 from hpsafety.triton_kernels.launch import launch
 from hpsafety.triton_kernels.linear_tiles import (
     GROUP,
+    finite_reference,
     gathered,
     grouped,
     kept_rows,
     linear_backward,
+    splits_of,
     tile_logits,
     tiles,
     with_rows,
 )
 
 SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
-WORDS_PER_SPLIT = 1024
 MERGED_ROWS, MERGED_SPLITS = 32, 16
 FORWARD_KL = tl.constexpr("forward_kl")
 REVERSE_KL = tl.constexpr("reverse_kl")
@@ -104,8 +105,8 @@ def pair_forward(
             z_b = tl.where(inside[None, :], z_b * alpha, float("-inf"))
             top_a = tl.maximum(m_a, tl.max(z_a, 1))
             top_b = tl.maximum(m_b, tl.max(z_b, 1))
-            new_a = tl.where(top_a == float("-inf"), 0.0, top_a)
-            new_b = tl.where(top_b == float("-inf"), 0.0, top_b)
+            new_a = finite_reference(top_a)
+            new_b = finite_reference(top_b)
             scale = tl.exp(m_a - new_a)
             d_za = z_a - new_a[:, None]
             d_zb = z_b - new_b[:, None]
@@ -165,10 +166,10 @@ def merge_pairs(
         u_part += tl.load(at + 5 * size, mask=inside, other=0.0).to(tl.float64)
         top_a = tl.maximum(m_a, tl.max(m_a_part, 0))
         top_b = tl.maximum(m_b, tl.max(m_b_part, 0))
-        new_a = tl.where(top_a == float("-inf"), 0.0, top_a)
-        new_b = tl.where(top_b == float("-inf"), 0.0, top_b)
-        shift_a = tl.where(m_a_part == float("-inf"), 0.0, m_a_part) - new_a[None, :]
-        shift_b = tl.where(m_b_part == float("-inf"), 0.0, m_b_part) - new_b[None, :]
+        new_a = finite_reference(top_a)
+        new_b = finite_reference(top_b)
+        shift_a = finite_reference(m_a_part) - new_a[None, :]
+        shift_b = finite_reference(m_b_part) - new_b[None, :]
         scale, scale_part = tl.exp(m_a - new_a), tl.exp(m_a_part - new_a[None, :])
         u = scale * (u + ((old_a - new_a) - (old_b - new_b)) * s_a)
         u += tl.sum(tl.where(scale_part == 0, 0.0, scale_part * (u_part + (shift_a - shift_b) * s_a_part)), 0)
@@ -336,8 +337,7 @@ def distill_loss(student_hidden, student_weight, teacher_hidden, teacher_weight,
     loss = student_hidden.new_empty(n, dtype=torch.float32)
     norm = student_hidden.new_empty((5, n), dtype=torch.float64)
     config = _pair_tiles(student_hidden, teacher_hidden)
-    in_split = max(1, WORDS_PER_SPLIT // config["BLOCK_N"])
-    splits = triton.cdiv(v, in_split * config["BLOCK_N"])
+    in_split, splits = splits_of(v, config["BLOCK_N"])
     programs, merges = triton.cdiv(n, config["BLOCK_M"]) * splits, triton.cdiv(n, MERGED_ROWS)
     merged = {"ROWS": MERGED_ROWS, "SPLITS": MERGED_SPLITS}
 

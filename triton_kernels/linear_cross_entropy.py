@@ -13,6 +13,7 @@ from hpsafety.triton_kernels.launch import launch
 from hpsafety.triton_kernels.linear_logprob import score_rows
 from hpsafety.triton_kernels.linear_tiles import (
     GROUP,
+    finite_reference,
     gathered,
     grouped,
     kept_rows,
@@ -56,7 +57,7 @@ def exponential_tiles(
     hit = row_mask & (target >= first) & (target < tl.minimum(first + BLOCK_N, v))
     tl.store(logit_ptr + place, tl.sum(tl.where(word[None, :] == target[:, None], z, 0.0), 1), mask=hit)
     m = tl.max(z, 1)
-    e = tl.exp(z - tl.where(m == float("-inf"), 0.0, m)[:, None])
+    e = tl.exp(z - finite_reference(m)[:, None])
     at = tile.to(tl.int64) * rows + place
     tl.store(m_ptr + at, m, mask=row_mask)
     tl.store(s_ptr + at, tl.sum(e, 1), mask=row_mask)
@@ -81,7 +82,7 @@ def merge_tiles(
         m_part = tl.load(m_ptr + at, mask=inside, other=float("-inf"))
         s_part = tl.load(s_ptr + at, mask=inside, other=0.0)
         top = tl.maximum(m, tl.max(m_part, 0))
-        reference = tl.where(top == float("-inf"), 0.0, top)
+        reference = finite_reference(top)
         s = tl.exp(m - reference) * s + tl.sum(tl.exp(m_part - reference[None, :]) * s_part, 0)
         m = top
     log_s = tl.where(m == float("-inf"), float("nan"), tl.log(s))

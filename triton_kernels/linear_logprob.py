@@ -13,23 +13,18 @@ import triton.language as tl
 from hpsafety.triton_kernels.launch import launch
 from hpsafety.triton_kernels.linear_tiles import (
     GROUP,
+    finite_reference,
     grouped,
     kept_rows,
     linear_backward,
+    splits_of,
     tile_logits,
     tiles,
     with_rows,
 )
 
 SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
-WORDS_PER_SPLIT = 1024
 MERGED_ROWS, MERGED_SPLITS = 32, 32
-
-
-@triton.jit
-def finite_reference(m):
-    """What exponents are taken against: the largest logit, or 0 where there is none above -inf yet."""
-    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -150,8 +145,7 @@ def score_rows(hidden, weight, targets, alpha, logprobs, norm=None, entropies=No
     """Writes the logprobs, the norm and the entropies of all rows, or of those that `rest` (index, count) left out."""
     (n, d), v = hidden.shape, weight.shape[0]
     config = tiles("logits", hidden)
-    in_split = max(1, WORDS_PER_SPLIT // config["BLOCK_N"])
-    splits = triton.cdiv(v, in_split * config["BLOCK_N"])
+    in_split, splits = splits_of(v, config["BLOCK_N"])
     index, count = rest if rest is not None else (None, None)
     partial = logprobs.new_empty((3 if entropies is not None else 2, splits, n))
     logits = logprobs.new_empty(n)

@@ -15,6 +15,7 @@ DZ_BYTES = 64 << 20  # of dz in linear_backward, whatever N and V are
 ROWS_OF_DZ = 4096
 GROUP = 16  # row blocks that walk the words together
 KEPT_BLOCK = 4096
+WORDS_PER_SPLIT = 1024  # of the forward
 GATHERED = {"ROWS": 4, "BLOCK": 1024}
 
 
@@ -41,6 +42,18 @@ def tiles(kernel: str, x: torch.Tensor) -> dict:
 def with_rows(x: torch.Tensor) -> torch.Tensor:
     """x (rows, width) with the elements of a row side by side; rows may stand apart."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+@triton.jit
+def finite_reference(m):
+    """What exponents are taken against: the largest logit, or 0 where there is none above -inf yet."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+def splits_of(v: int, block: int) -> tuple[int, int]:
+    """(tiles of `block` words in a split, splits) of a forward: by V alone, so that a row depends on no other row."""
+    in_split = max(1, WORDS_PER_SPLIT // block)
+    return in_split, triton.cdiv(v, in_split * block)
 
 
 @triton.jit

@@ -21,8 +21,8 @@ def use_small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(linear_tiles, "dz_part", lambda item: (PART_ROWS, PART_WORDS))
     monkeypatch.setattr(linear_tiles, "KEPT_BLOCK", 32)
     monkeypatch.setattr(linear_tiles, "GATHERED", {"ROWS": 4, "BLOCK": 32})
+    monkeypatch.setattr(linear_tiles, "WORDS_PER_SPLIT", SPLIT)
     for module in (linear_logprob, distill_loss):
-        monkeypatch.setattr(module, "WORDS_PER_SPLIT", SPLIT)
         monkeypatch.setattr(module, "MERGED_SPLITS", 2)
     monkeypatch.setattr(linear_cross_entropy, "rows_of_part", lambda v, item: PART_ROWS)
     monkeypatch.setattr(linear_cross_entropy, "MERGED_TILES", 2)

@@ -224,7 +224,7 @@ def test_bound_of_memory(real_tiles):
         loss, norm = kernels.distill_loss(*sides, "jsd", 1.0)
         forward = seen.bytes
         kernels.distill_loss_backward(loss, *sides, norm, "jsd", 1.0, True, True)
-    assert forward < 6 * n * 4 * blocks(v, kernels.WORDS_PER_SPLIT) + 64 * n
+    assert forward < 6 * n * 4 * blocks(v, linear_tiles.WORDS_PER_SPLIT) + 64 * n
     rows, words = linear_tiles.dz_part(2)
     sums = (n + words) * d * 4
     bound = (n + v) * d * 2 + linear_tiles.DZ_BYTES + n * (d + d2) * 2 + sums + 64 * n

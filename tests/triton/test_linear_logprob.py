@@ -264,7 +264,7 @@ def test_bound_of_memory(dtype, real_tiles):
         kernels.linear_logprob_backward(
             logprobs, None, hidden, weight, targets, norm, None, 1.0, True, True
         )  # fmt: skip
-    assert forward < 2 * n * 4 * blocks(v, kernels.WORDS_PER_SPLIT) + 64 * n
+    assert forward < 2 * n * 4 * blocks(v, linear_tiles.WORDS_PER_SPLIT) + 64 * n
     rows, words = linear_tiles.dz_part(item)
     assert rows * words * item == linear_tiles.DZ_BYTES
     sums = (n + words) * d * 4 if item == 2 else 0
