@@ -1,14 +1,21 @@
-"""Build of hpsafety: `hpsafety._C` (schemas, build information) and one kernel library per CPU capability.
+"""Build of hpsafety: `hpsafety._C` (schemas, build information), one kernel library per CPU capability, and, where nvcc
+is, libhpsafety_cuda.so.
 
 Every file of csrc/cpu is compiled once per capability, with the compiler flags and with the CPU_CAPABILITY macros
 that at::vec looks at (without the macros it silently falls back to generic code). `hpsafety.ops.backends` loads the
 one that fits the running CPU. Without a compiler the package installs all the same and serves the reference ops.
+
+The files of csrc/cuda know nothing of torch or Python: they are compiled for each chip of CUDA_ARCHS, on machines
+without a GPU too, and opened by hpsafety/cuda_kernels/library.py at the first call.
 """
 
+import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -19,6 +26,62 @@ X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mavx2", "-mf16c"],
 }
+CUDA = ROOT / "csrc" / "cuda"
+CUDA_ARCHS = ("80", "90a")
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler: HPSAFETY_NVCC, or the one on the path or in CUDA_HOME; None where there is none."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which(os.environ.get("HPSAFETY_NVCC") or "nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
+def cuda_texts(source: Path) -> dict[str, str]:
+    """A file of csrc/cuda and the headers beside it: name -> text."""
+    return {path.name: path.read_text(encoding="utf-8") for path in (source, *sorted(CUDA.glob("*.cuh")))}
+
+
+def build_cuda(out: Path, folder: Path, jobs: int) -> bool:
+    """Compiles csrc/cuda/*.cu into the library `out`; objects are kept in `folder` by content. False without nvcc."""
+    program = nvcc()
+    if os.environ.get("HPSAFETY_CUDA") == "0" or program is None:
+        why = "HPSAFETY_CUDA=0 is set" if program else (
+            "no nvcc found; the CUDA toolkit brings one (developer.nvidia.com/cuda-downloads), or 'pip install "
+            "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl', and HPSAFETY_NVCC names it"
+        )  # fmt: skip
+        print(f"hpsafety: going without the CUDA kernels ({why}); the Triton kernels serve on a GPU")
+        return False
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        parts = [
+            version,
+            *archs,
+            *CUDA_FLAGS,
+            source.name,
+            *(x for pair in cuda_texts(source).items() for x in pair),
+        ]
+        path = folder / f"{source.stem}.{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.o"
+        if not path.exists():
+            fresh = path.with_suffix(f".{os.getpid()}")
+            subprocess.run([program, *CUDA_FLAGS, *archs, "-c", str(source), "-o", str(fresh)], check=True)
+            fresh.replace(path)
+        return path
+
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = [str(path) for path in pool.map(compile_one, sorted(CUDA.glob("*.cu")))]
+    record = folder / f"{out.name}.objects"
+    if out.exists() and record.exists() and record.read_text() == "\n".join(objects):
+        return True
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = out.with_suffix(f".{os.getpid()}")
+    subprocess.run([program, "-shared", "-cudart", "static", *archs, *objects, "-o", str(fresh)], check=True)
+    fresh.replace(out)
+    record.write_text("\n".join(objects))
+    return True
 
 
 def compiler() -> str | None:
@@ -93,6 +156,12 @@ def build_command():
                 super().build_extension(ext)
             finally:
                 self.build_temp = base
+
+        def run(self):
+            super().run()
+            package = ROOT if self.inplace else Path(self.build_lib)
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            build_cuda(package / "hpsafety" / "libhpsafety_cuda.so", ROOT / "build" / "cuda", jobs)
 
     return Build
 

@@ -11,7 +11,7 @@ LAYERS = [
     {"errors", "files", "config"},
     {"config_gatt", "config_ppo", "config_sampling", "config_scaling", "config_tools"},
     {"config_distill"},
-    {"reference", "triton_kernels", "_C"},
+    {"reference", "triton_kernels", "cuda_kernels", "_C"},
     {"ops"},
     {"model", "data"},
     {"train", "rollout"},

@@ -144,14 +144,34 @@ def triton_unavailable(op: str, device: str) -> str | None:
 
 
 @functools.cache
+def cuda(op: str):
+    """The CUDA kernels of one op: the module hpsafety.cuda_kernels.<op>, imported at the first call."""
+    return importlib.import_module(f"hpsafety.cuda_kernels.{op}")
+
+
+def cuda_unavailable(op: str, device: str, dtype: torch.dtype | None, head_dim: int | None) -> str | None:
+    """Why the CUDA kernels cannot serve the op; None when they can. What is not known is not asked for."""
+    reason = cuda("library").unavailable(device)
+    if reason is None and (dtype, head_dim) != (None, None):
+        refuses = getattr(cuda(op.rstrip("_")), "refuses", None)
+        reason = refuses and refuses(dtype, head_dim)
+    return reason
+
+
+@functools.cache
 def _say_once(line: str) -> None:
     log.info(line)
 
 
 def unavailable(
-    op: str, impl: str, backends: tuple[str, ...], device: str, dtype: torch.dtype | None = None
+    op: str,
+    impl: str,
+    backends: tuple[str, ...],
+    device: str,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
 ) -> str | None:
-    """Why `impl` cannot serve `op` on `device` (and in `dtype`, where it is known); None when it can."""
+    """Why `impl` cannot serve `op` on `device` (in `dtype` and `head_dim`, where known); None when it can."""
     if impl not in IMPLS:
         return f"{op}: unknown impl {impl!r}; choose one of {', '.join(IMPLS)}"
     if impl == "reference":
@@ -165,6 +185,9 @@ def unavailable(
     if impl == "triton":
         reason = triton_unavailable(op, device)
         return reason and f"{op}: {reason}"
+    if impl == "cuda":
+        reason = cuda_unavailable(op, device, dtype, head_dim)
+        return reason and f"{op}: {reason}"
     if (op, impl) in OPTIONAL:
         reason = importlib.import_module(f"hpsafety.ops.{OPTIONAL[op, impl]}").unavailable(op, device, dtype)
         return reason and f"{op}: {reason}"
@@ -172,24 +195,29 @@ def unavailable(
 
 
 def resolve(
-    op: str, impl: str | None, backends: tuple[str, ...], device: str, dtype: torch.dtype | None = None
+    op: str,
+    impl: str | None,
+    backends: tuple[str, ...],
+    device: str,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
 ) -> str:
     """The backend's name for one call.
 
     impl      what the caller asked for; None reads HPSAFETY_IMPL, and after that picks by device and what is built
     backends  what the op has beside its reference, the preferred one first. Optional packages stand last: they serve
               unasked only where nothing of our own is there and the reference would have to
-    dtype     of the call, where a backend may depend on it
+    dtype, head_dim   of the call, where a backend may depend on them
     Raises ValueError for an unknown name, BackendUnavailable for a forced backend that cannot serve.
     """
     impl = impl or os.environ.get("HPSAFETY_IMPL") or None
     if impl is not None:
-        reason = unavailable(op, impl, backends, device, dtype)
+        reason = unavailable(op, impl, backends, device, dtype, head_dim)
         if reason is not None:
             raise ValueError(reason) if impl not in IMPLS else BackendUnavailable(reason)
         return impl
     for name in backends:
-        reason = unavailable(op, name, backends, device, dtype)
+        reason = unavailable(op, name, backends, device, dtype, head_dim)
         if reason is None:
             return name
         if device == "cuda" and name != "cpu":

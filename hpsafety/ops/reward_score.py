@@ -10,7 +10,7 @@ from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import check_offsets, check_rows, values_readable
 from hpsafety.reference.reward_score import RewardScore
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 
 
 def _fake(hidden_safety, hidden_helpful, last_rows, head_safety, head_helpful, is_safety, cu_groups, *_):
@@ -28,6 +28,7 @@ _op = Op(
     {
         "cpu": lambda *args: backends.cpu().reward_score(*args),
         "triton": lambda *args: backends.triton("reward_score").reward_score(*args),
+        "cuda": lambda *args: backends.cuda("reward_score").reward_score(*args),
     },
     _fake,
 )

@@ -1,0 +1,49 @@
+"""The CUDA backend of these tests: on a GPU the library that nvcc built, else the emulated one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpsafety.cuda_kernels import library
+from tests.cuda import emulation
+from tests.ops.oracle import check_against_oracle
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def place(args: dict) -> dict:
+    """The same arguments on DEVICE; tuples of tensors too."""
+
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(DEVICE)
+        return tuple(move(x) for x in value) if isinstance(value, tuple) else value
+
+    return {name: move(value) for name, value in args.items()}
+
+
+def check_cuda(op_name: str, op, args: dict, factor: float = 2.0, **kwargs) -> dict:
+    """check_against_oracle with impl="cuda", on DEVICE."""
+    return check_against_oracle(op_name, op, args, factor, impl="cuda", device=DEVICE, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def cuda_library() -> Path:
+    """The library's path. Several test processes may build it at once: each file is put in place whole."""
+    named = os.environ.get("HPSAFETY_CUDA_LIBRARY")
+    if named:
+        return Path(named)
+    if torch.cuda.is_available():
+        if library.unavailable("cuda"):
+            pytest.skip(library.unavailable("cuda"))
+        return library.path()
+    if emulation.compiler() is None:
+        pytest.skip("no C++ compiler to build the emulated kernels with: apt install g++")
+    return emulation.make_library()
+
+
+@pytest.fixture(autouse=True)
+def cuda_backend(cuda_library, monkeypatch):
+    monkeypatch.setenv("HPSAFETY_CUDA_LIBRARY", str(cuda_library))
