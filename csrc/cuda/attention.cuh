@@ -1,10 +1,10 @@
 // What the attention kernels share: tiles of bf16 rows in shared memory, fragments of them, and who works on what.
 //
 // Fragments are those of mma.m16n8k16. A lane with number 4 g + p holds of a (16, 8) product rows g and g + 8, columns
-// 2 p and 2 p + 1. A 16 x 16 square of a tile is one ldmatrix_x4, always with the same address in a lane (Fragments):
-//   left operand, rows x depth            r = {r[0], r[1], r[2], r[3]}
-//   right operand, the tile is (n, depth)  its n 0..7: (r[0], r[2]), its n 8..15: (r[1], r[3])
-//   right operand, the tile is (depth, n), transposed: n 0..7: (r[0], r[1]), n 8..15: (r[2], r[3])
+// 2 p and 2 p + 1. A 16 x 16 square of a tile is one ldmatrix_x4 into r; operands stand in neighbouring registers:
+//   left operand, rows x depth              Fragments::left, r itself
+//   right operand, the tile is (n, depth)    Fragments::right, its n 0..7: (r[0], r[1]), its n 8..15: (r[2], r[3])
+//   right operand, the tile is (depth, n)    Fragments::left and ldmatrix_x4_trans, the same pairs
 #pragma once
 #include "device.cuh"
 
@@ -24,17 +24,20 @@ struct Row {
   static __device__ __forceinline__ int at(int row, int chunk) { return row * BYTES + ((chunk ^ (row & 7)) << 4); }
 };
 
-// Where this lane reads 16 x 16 squares of tiles whose rows have DIM numbers: only constants are added to four offsets.
+// Where this lane reads 16 x 16 squares of tiles whose rows have DIM numbers: one offset, and constants for each square.
 template <int DIM>
 struct Fragments {
-  int at[4];
-  __device__ __forceinline__ Fragments() {
-#pragma unroll
-    for (int j = 0; j < 4; j++) at[j] = Row<DIM>::at(threadIdx.x % 16, 2 * j + threadIdx.x % 32 / 16);
+  int at;
+  // The squares start at a row of the tile, a multiple of 8.
+  static __device__ __forceinline__ Fragments left(int row) {
+    return {Row<DIM>::at(row + threadIdx.x % 16, threadIdx.x % 32 / 16)};
+  }
+  static __device__ __forceinline__ Fragments right(int row) {
+    return {Row<DIM>::at(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2)};
   }
   // Rows 16 row.., columns 16 column.. of a tile; both known to the compiler.
   __device__ __forceinline__ int of(int row, int column) const {
-    return at[column % 4] + (column / 4 * 128 + row * 16 * Row<DIM>::BYTES);
+    return (at ^ column % 4 * 32) + (column / 4 * 128 + row * 16 * Row<DIM>::BYTES);
   }
 };
 
@@ -46,6 +49,7 @@ struct Heads {
 
 // Copies ROWS rows of a tile by all THREADS of a block. `to` and `from` are this thread's chunk in the first rows:
 // row threadIdx.x / CHUNKS, chunk threadIdx.x % CHUNKS. Rows from `count` on are zeros; without a count all are there.
+// `from` is left at the rows behind.
 template <int DIM, int ROWS, int THREADS>
 struct TileCopy {
   static constexpr int STEP = THREADS / Row<DIM>::CHUNKS;  // rows at a time
@@ -56,11 +60,11 @@ struct TileCopy {
   static __device__ __forceinline__ const bf16* from(const Heads& x, int64_t head) {
     return x.at + (head * x.head + row() * x.token + chunk() * 8);
   }
-  static __device__ __forceinline__ void copy(unsigned char* to, const bf16* from, int64_t stride) {
+  static __device__ __forceinline__ void copy(unsigned char* to, const bf16*& from, int64_t stride) {
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; i++, from += STEP * stride) cp_async16(to + i * STEP * Row<DIM>::BYTES, from);
   }
-  static __device__ __forceinline__ void copy(unsigned char* to, const bf16* from, int64_t stride, int count) {
+  static __device__ __forceinline__ void copy(unsigned char* to, const bf16*& from, int64_t stride, int count) {
     count -= row();
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; i++, from += STEP * stride)
