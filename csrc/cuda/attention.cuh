@@ -41,15 +41,15 @@ struct Fragments {
   }
 };
 
-// A (T, heads, DIM) tensor whose last dim is contiguous; strides in elements.
+// A (T, heads, DIM) tensor whose last dim is contiguous; strides in bytes.
 struct Heads {
-  const bf16* at;
+  const unsigned char* at;
   int64_t token, head;
 };
 
 // Copies ROWS rows of a tile by all THREADS of a block. `to` and `from` are this thread's chunk in the first rows:
-// row threadIdx.x / CHUNKS, chunk threadIdx.x % CHUNKS. Rows from `count` on are zeros; without a count all are there.
-// `from` is left at the rows behind.
+// row threadIdx.x / CHUNKS, chunk threadIdx.x % CHUNKS; `step` is the bytes of STEP tokens. Rows from `count` on are
+// zeros; without a count all are there. `from` is left at the rows behind.
 template <int DIM, int ROWS, int THREADS>
 struct TileCopy {
   static constexpr int STEP = THREADS / Row<DIM>::CHUNKS;  // rows at a time
@@ -57,20 +57,29 @@ struct TileCopy {
   static __device__ __forceinline__ int row() { return threadIdx.x / Row<DIM>::CHUNKS; }
   static __device__ __forceinline__ int chunk() { return threadIdx.x % Row<DIM>::CHUNKS; }
   static __device__ __forceinline__ int to() { return Row<DIM>::at(row(), chunk()); }
-  static __device__ __forceinline__ const bf16* from(const Heads& x, int64_t head) {
-    return x.at + (head * x.head + row() * x.token + chunk() * 8);
+  static __device__ __forceinline__ const unsigned char* from(const Heads& x, int head, int token) {
+    return x.at + ((token + row()) * x.token + head * x.head + chunk() * 16);
   }
-  static __device__ __forceinline__ void copy(unsigned char* to, const bf16*& from, int64_t stride) {
+  static __device__ __forceinline__ void copy(unsigned char* to, const unsigned char*& from, int64_t step) {
 #pragma unroll
-    for (int i = 0; i < ROWS / STEP; i++, from += STEP * stride) cp_async16(to + i * STEP * Row<DIM>::BYTES, from);
+    for (int i = 0; i < ROWS / STEP; i++, from += step) cp_async16(to + i * STEP * Row<DIM>::BYTES, from);
   }
-  static __device__ __forceinline__ void copy(unsigned char* to, const bf16*& from, int64_t stride, int count) {
+  static __device__ __forceinline__ void copy(unsigned char* to, const unsigned char* from, int64_t step, int count) {
     count -= row();
 #pragma unroll
-    for (int i = 0; i < ROWS / STEP; i++, from += STEP * stride)
+    for (int i = 0; i < ROWS / STEP; i++, from += step)
       cp_async16(to + i * STEP * Row<DIM>::BYTES, from, i * STEP < count);
   }
 };
+
+// The compiler takes it for a number that it knows nothing of: it stays in its register through a loop, where it would
+// else be made again in every turn.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDACC__
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+#endif
+  return x;
+}
 
 // Query heads of one kv head as rows of a tile: row r is token r / pack, head r % pack of a chunk of the group's heads.
 struct Packing {
@@ -87,16 +96,15 @@ __device__ __forceinline__ QueryTile query_tile(const int* tiles, int program, i
   return {row[0], row[1], row[2], row[3], rest / packing.chunks, rest % packing.chunks};
 }
 
-// Token and query head of a row of a tile.
+// Token and query head of a row of a tile; token -1 where there is none.
 struct TileRow {
   int token, head;
-  bool valid;
 };
 template <int ROWS>
 __device__ __forceinline__ TileRow tile_row(const QueryTile& t, const Packing& p, int row) {
   int token = row / p.pack, of_group = t.chunk * p.pack + row - token * p.pack;
   bool valid = token < ROWS / p.pack && of_group < p.ratio && t.first + token < t.last;
-  return {t.first + token, t.kv_head * p.ratio + of_group, valid};
+  return {valid ? t.first + token : -1, t.kv_head * p.ratio + of_group};
 }
 
 // Programs of a block in a launch of fewer blocks than programs. They stand longest first: each two rounds a block takes

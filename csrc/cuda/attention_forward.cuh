@@ -1,0 +1,458 @@
+// attention, forward. Limit: FLOPs on the tensor cores; then the exponentials, at small head dims.
+//
+// A tile of query_tiles is 128 rows, of one run, of query heads of one kv head. Each of a block's four warps has 32 of
+// them, so that a fragment of K or V serves four products; Q, K and V stand in shared memory, V comes while scores are
+// made and the next K while they are used. All segments of a run have one prefix: a tile reads it once for all.
+//
+// Keys come in blocks counted from the start of the prefix, and of each segment. A row meets the blocks that it sees in
+// one order, and those of its neighbours add exact zeros: its bits are the same alone, and whatever shares its tile.
+// Its maximum is raised only when a score passes it by a factor of 2^SLACK, by its own scores alone.
+//
+// A weight of 0 times a value of NaN or infinity is NaN. So a tile whose sums have NaN anywhere is done once more by a
+// second launch, in which such values reach only the rows that see them; other tiles cost it a look at their flags.
+#pragma once
+#include "attention.cuh"
+
+namespace attention {
+
+template <int DIM>
+struct Forward {
+  static constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, KEYS = DIM == 64 ? 128 : 64;
+  // Of shared memory, in bytes; the weights are there in the second launch.
+  static constexpr int Q = 0, K = ROWS * DIM * 2, V = K + KEYS * DIM * 2, PLAN = V + KEYS * DIM * 2;
+  static constexpr int WEIGHTS = PLAN + (ROWS + 8) * 8;
+  static constexpr int shared(bool redo) { return WEIGHTS + (redo ? ROWS * KEYS * 2 : 0); }
+  using Copy = TileCopy<DIM, KEYS, THREADS>;
+  using Scores = float[2][KEYS / 8][4];
+  using Weights = uint32_t[2][4];  // of 16 keys, as left operands
+};
+
+struct ForwardArguments {
+  Heads q, k, v;
+  int64_t k_step, v_step;  // bytes of the tokens that are copied at a time
+  bf16* out;   // (T, heads, DIM)
+  float* lse;  // (T, heads)
+  const int* segments;
+  const int* tiles;
+  int* redo;  // (programs, warps): whether a warp's sums have NaN or infinity
+  int programs, kv_heads;
+  Packing packing;
+  float scale;  // of the scores, times log2(e)
+};
+
+constexpr float SLACK = 8;  // weights reach 2^SLACK: no less exact in bf16 and fp32 than up to 1
+
+// Of a warp's rows 16 m + 8 h + lane / 4, r = 2 m + h.
+template <int DIM>
+struct Sums {
+  float acc[2][DIM / 8][4];
+  float minus_top[4], total[4];  // total of this lane's columns
+  __device__ __forceinline__ Sums() {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int d = 0; d < DIM / 8; d++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[m][d][e] = 0;
+#pragma unroll
+    for (int r = 0; r < 4; r++) minus_top[r] = -LOWEST, total[r] = 0;
+  }
+};
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+template <int DIM>
+__device__ __forceinline__ void make_scores(typename Forward<DIM>::Scores& s, const unsigned char* q,
+                                            const Fragments<DIM>& at_q, const unsigned char* k, const Fragments<DIM>& at) {
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+#pragma unroll
+    for (int n = 0; n < Forward<DIM>::KEYS / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[m][n][e] = 0;
+#pragma unroll
+  for (int d = 0; d < DIM / 16; d++) {
+    uint32_t a[2][4], b[4];
+#pragma unroll
+    for (int m = 0; m < 2; m++) ldmatrix_x4(a[m], q + at_q.of(m, d));
+#pragma unroll
+    for (int n = 0; n < Forward<DIM>::KEYS / 16; n++) {
+      ldmatrix_x4(b, k + at.of(n, d));
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        mma_bf16(s[m][2 * n], a[m], b[0], b[1]);
+        mma_bf16(s[m][2 * n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Raises the maxima of those rows whose block has a score of over 2^SLACK weights, and brings their sums to it.
+template <int DIM>
+__device__ __forceinline__ void raise(Sums<DIM>& sums, const float (&most)[4], float scale) {
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    float m = quad_max(most[r]), old = sums.minus_top[r];
+    if (fmaf(m, scale, old) > SLACK) sums.minus_top[r] = -__fmul_rn(m, scale);
+    float shrink = exp2_fast(__fsub_rn(sums.minus_top[r], old));
+    sums.total[r] = __fmul_rn(sums.total[r], shrink);
+#pragma unroll
+    for (int d = 0; d < DIM / 8; d++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) sums.acc[r / 2][d][r % 2 * 2 + e] = __fmul_rn(sums.acc[r / 2][d][r % 2 * 2 + e], shrink);
+  }
+}
+
+// Brings the sums to maxima that serve for a block's scores.
+template <int DIM>
+__device__ __forceinline__ void raise_where_needed(Sums<DIM>& sums, const typename Forward<DIM>::Scores& s, float scale) {
+  float most[4];
+  bool rises = false;
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    most[r] = fmaxf(s[r / 2][0][r % 2 * 2], s[r / 2][0][r % 2 * 2 + 1]);
+#pragma unroll
+    for (int n = 1; n < Forward<DIM>::KEYS / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) most[r] = fmaxf(most[r], s[r / 2][n][r % 2 * 2 + e]);
+    rises |= fmaf(most[r], scale, sums.minus_top[r]) > SLACK;
+  }
+  if (__any_sync(~0u, rises)) raise<DIM>(sums, most, scale);
+}
+
+// Weights 2^(score - top) of keys 16 k.. of a block.
+template <int DIM, bool ADD>
+__device__ __forceinline__ void make_weights(typename Forward<DIM>::Weights& w, Sums<DIM>& sums,
+                                             const typename Forward<DIM>::Scores& s, int k, float scale) {
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // 8 keys from i / 2, rows of half i % 2
+      int r = 2 * m + i % 2;
+      float low = exp2_fast(fmaf(s[m][2 * k + i / 2][i % 2 * 2], scale, sums.minus_top[r]));
+      float high = exp2_fast(fmaf(s[m][2 * k + i / 2][i % 2 * 2 + 1], scale, sums.minus_top[r]));
+      if (ADD) sums.total[r] = __fadd_rn(__fadd_rn(sums.total[r], low), high);
+      w[m][i] = pack_bf16(low, high);
+    }
+}
+
+template <int DIM>
+__device__ __forceinline__ void add_values(Sums<DIM>& sums, const typename Forward<DIM>::Scores& s,
+                                           const unsigned char* v, const Fragments<DIM>& at, float scale) {
+#pragma unroll
+  for (int k = 0; k < Forward<DIM>::KEYS / 16; k++) {
+    typename Forward<DIM>::Weights w;
+    make_weights<DIM, true>(w, sums, s, k, scale);
+#pragma unroll
+    for (int d = 0; d < DIM / 16; d++) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, v + at.of(k, d));
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        mma_bf16(sums.acc[m][2 * d], w[m], b[0], b[1]);
+        mma_bf16(sums.acc[m][2 * d + 1], w[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// What a block knows of its tile, in shared memory.
+template <int ROWS>
+struct Plan {
+  int first, last, segment0, segment1, kv_head;
+  // Blocks of keys that every row sees whole: the prefix's, then the segment's, if the tile is of one only.
+  int whole, prefix_blocks;
+  int prefix_rest, prefix1, own_rest;  // where the keys behind them begin, and the prefix's end
+  TileRow rows[ROWS];
+
+  template <int KEYS>
+  __device__ __forceinline__ void set(const QueryTile& t, const int* segments) {
+    const int* row = segments + static_cast<int64_t>(t.segment0) * 4;
+    int start = row[0], prefix0 = row[2];
+    first = t.first, last = t.last, segment0 = t.segment0, segment1 = t.segment1, kv_head = t.kv_head;
+    prefix1 = t.segment0 < t.segment1 ? row[3] : prefix0;  // rows of no segment see nothing
+    prefix_blocks = (prefix1 - prefix0) / KEYS;
+    int own_blocks = t.segment1 - t.segment0 == 1 ? (t.first - start) / KEYS : 0;
+    whole = prefix_blocks + own_blocks;
+    prefix_rest = prefix0 + prefix_blocks * KEYS;
+    own_rest = start + own_blocks * KEYS;
+  }
+  template <int KEYS>
+  __device__ __forceinline__ int key(int block) const {
+    return block < prefix_blocks ? prefix_rest - (prefix_blocks - block) * KEYS : own_rest - (whole - block) * KEYS;
+  }
+};
+
+// The blocks behind, and the last whole one before them: keys key..key1-1, of which rows of the tokens low..high-1 see
+// those up to themselves. First the rest of each segment's, then of the prefix's.
+template <int KEYS>
+struct Rest {
+  int segment, key, key1, low, high;
+  template <class P>
+  __device__ __forceinline__ explicit Rest(const P& plan) : segment(plan.segment0 - 1), low(0), high(INT32_MAX) {
+    key1 = plan.whole ? plan.template key<KEYS>(plan.whole - 1) + KEYS : 0;
+    key = key1 - KEYS;
+  }
+  template <class P>
+  __device__ __forceinline__ bool next(const P& plan, const int* segments) {
+    key += KEYS;
+    if (key < key1) return true;
+    segment++;
+    if (segment < plan.segment1) {
+      const int* row = segments + static_cast<int64_t>(segment) * 4;
+      low = row[0];
+      high = row[1];
+      key = segment == plan.segment0 ? plan.own_rest : low;
+      key1 = min(high, plan.last);
+      return true;
+    }
+    key = plan.prefix_rest;
+    key1 = plan.prefix1;
+    low = 0, high = INT32_MAX;
+    return segment == plan.segment1 && key < key1;
+  }
+  __device__ __forceinline__ int sees(int token) const { return token >= low && token < high ? min(token + 1, key1) : 0; }
+};
+
+template <int DIM>
+__device__ __forceinline__ void mask_scores(typename Forward<DIM>::Scores& s, const int (&sees)[4], int key) {
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    int seen = sees[r] - key - threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < Forward<DIM>::KEYS / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (n * 8 + e >= seen) s[r / 2][n][r % 2 * 2 + e] = -INF;
+  }
+}
+
+__device__ __forceinline__ float low_half(uint32_t word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float high_half(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+__device__ __forceinline__ bool finite(float x) { return fabsf(x) < INF; }
+
+// acc += weights @ v over those values of a block that are NaN or infinite, for the rows that see them; then v has
+// zeros in their place. The whole block calls it.
+template <int DIM>
+__device__ void add_not_finite(Sums<DIM>& sums, const typename Forward<DIM>::Scores& s, float scale,
+                               const int (&sees)[4], int key, int keys, unsigned char* shared) {
+  using F = Forward<DIM>;
+  int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+  bf16* weights = reinterpret_cast<bf16*>(shared + F::WEIGHTS) + (threadIdx.x / 32 * 32 + group) * F::KEYS;
+#pragma unroll
+  for (int k = 0; k < F::KEYS / 16; k++) {
+    typename F::Weights w;
+    make_weights<DIM, false>(w, sums, s, k, scale);
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        *reinterpret_cast<uint32_t*>(weights + (2 * m + i % 2) * 8 * F::KEYS + (2 * k + i / 2) * 8 + pair * 2) = w[m][i];
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int j = 0; j < keys; j++) {
+    const unsigned char* row = shared + F::V;
+#pragma unroll
+    for (int d = 0; d < DIM / 8; d++) {
+      uint32_t both = *reinterpret_cast<const uint32_t*>(row + Row<DIM>::at(j, d) + pair * 4);
+      float v[2] = {low_half(both), high_half(both)};
+      if (finite(v[0]) && finite(v[1])) continue;
+#pragma unroll
+      for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (key + j < sees[r] && !finite(v[e]))
+            sums.acc[r / 2][d][r % 2 * 2 + e] += __bfloat162float(weights[r * 8 * F::KEYS + j]) * v[e];
+    }
+  }
+  __syncthreads();
+  auto* words = reinterpret_cast<uint32_t*>(shared + F::V);
+  for (int i = threadIdx.x; i < F::KEYS * DIM / 2; i += F::THREADS) {
+    uint32_t word = words[i];
+    words[i] = (finite(low_half(word)) ? word & 0xffffu : 0) | (finite(high_half(word)) ? word & 0xffff0000u : 0);
+  }
+  __syncthreads();
+}
+
+// 32 rows of Q to a warp's part of shared memory.
+template <int DIM>
+__device__ __forceinline__ void copy_queries(const Heads& q, const TileRow* rows, unsigned char* to) {
+  constexpr int CHUNKS = Row<DIM>::CHUNKS, STEP = 32 / CHUNKS;
+  int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+#pragma unroll 4
+  for (int i = 0; i < 32 / STEP; i++) {
+    int row = threadIdx.x / 32 * 32 + i * STEP + lane / CHUNKS;
+    TileRow at = rows[row];
+    cp_async16(to + Row<DIM>::at(row, chunk), q.at + (at.token * q.token + at.head * q.head + chunk * 16), at.token >= 0);
+  }
+}
+
+// out and lse of a warp's rows, by way of its part of shared memory, where Q was.
+template <int DIM, bool REDO>
+__device__ __forceinline__ void store(const ForwardArguments& a, const Plan<Forward<DIM>::ROWS>& plan, Sums<DIM>& sums,
+                                      int* redo, unsigned char* q) {
+  constexpr int CHUNKS = Row<DIM>::CHUNKS, STEP = 32 / CHUNKS;
+  int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 32;
+  // Rows of no segment have a sum of 0, and so may others have (scores of -inf only): the segment tells.
+  bool nothing = plan.segment0 == plan.segment1;
+  int64_t heads = static_cast<int64_t>(a.kv_heads) * a.packing.ratio;
+  float bad = 0;
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    float total = quad_sum(sums.total[r]), factor = nothing ? 1.f : 1.f / total;
+    int row = row0 + r * 8 + lane / 4;
+    if (!REDO && lane % 4 == 0) {
+      TileRow at = plan.rows[row];
+      if (at.token >= 0) a.lse[at.token * heads + at.head] = nothing ? 0.f : log2f(total) - sums.minus_top[r];
+    }
+#pragma unroll
+    for (int d = 0; d < DIM / 8; d++) {
+      float low = sums.acc[r / 2][d][r % 2 * 2], high = sums.acc[r / 2][d][r % 2 * 2 + 1];
+      bad += low * 0.f + high * 0.f;
+      *reinterpret_cast<uint32_t*>(q + Row<DIM>::at(row, d) + lane % 4 * 4) = pack_bf16(low * factor, high * factor);
+    }
+  }
+  if (!REDO) {
+    bool some = __any_sync(~0u, !(bad == 0.f));
+    if (lane == 0) redo[threadIdx.x / 32] = some;
+  }
+  __syncwarp();
+#pragma unroll 4
+  for (int i = 0; i < 32 / STEP; i++) {
+    int row = row0 + i * STEP + lane / CHUNKS, chunk = lane % CHUNKS;
+    TileRow at = plan.rows[row];
+    if (at.token >= 0)
+      *reinterpret_cast<uint4*>(a.out + (at.token * heads + at.head) * DIM + chunk * 8) =
+          *reinterpret_cast<const uint4*>(q + Row<DIM>::at(row, chunk));
+  }
+}
+
+// The sums of a tile. The whole block calls it.
+template <int DIM, bool REDO>
+__device__ __forceinline__ void attend(const ForwardArguments& a, const Plan<Forward<DIM>::ROWS>& plan, Sums<DIM>& sums,
+                                       unsigned char* shared) {
+  using F = Forward<DIM>;
+  using Copy = typename F::Copy;
+  Rest<F::KEYS> rest(plan);
+  if (!plan.whole && !rest.next(plan, a.segments)) return;
+  const auto at_q = Fragments<DIM>::left(threadIdx.x / 32 * 32), at_k = Fragments<DIM>::right(0);
+  const auto at_v = Fragments<DIM>::left(0);
+  unsigned char *to_k = shared + F::K + Copy::to(), *to_v = shared + F::V + Copy::to();
+  typename F::Scores s;
+  copy_queries<DIM>(a.q, plan.rows, shared + F::Q);
+  int left = plan.whole - 1;  // the last goes with the rest, that a copy for those may begin in it
+  {
+    int key = left > 0 ? plan.template key<F::KEYS>(0) : rest.key;
+    auto *k = Copy::from(a.k, plan.kv_head, key), *v = Copy::from(a.v, plan.kv_head, key);
+    Copy::copy(to_k, k, a.k_step, left > 0 ? F::KEYS : rest.key1 - key);
+    k += F::KEYS * a.k.token;
+    cp_async_commit();
+    int until_own = plan.prefix_blocks;
+    for (; left > 0; left--) {  // every row sees all of it
+      cp_async_wait<0>();
+      __syncthreads();  // K is there, and V has been used
+      Copy::copy(to_v, v, a.v_step);
+      cp_async_commit();
+      make_scores<DIM>(s, shared + F::Q, at_q, shared + F::K, at_k);
+      cp_async_wait<0>();
+      __syncthreads();  // V is there, and K has been used
+      if (--until_own == 0) {
+        int64_t gap = plan.template key<F::KEYS>(plan.prefix_blocks) - plan.prefix_rest;
+        k += gap * a.k.token;
+        v += gap * a.v.token;
+      }
+      Copy::copy(to_k, k, a.k_step);
+      cp_async_commit();
+      raise_where_needed<DIM>(sums, s, a.scale);
+      add_values<DIM>(sums, s, shared + F::V, at_v, a.scale);
+    }
+  }
+  for (bool more = true; more;) {
+    cp_async_wait<0>();
+    __syncthreads();
+    Copy::copy(to_v, Copy::from(a.v, plan.kv_head, rest.key), a.v_step, rest.key1 - rest.key);
+    cp_async_commit();
+    make_scores<DIM>(s, shared + F::Q, at_q, shared + F::K, at_k);
+    int now = rest.key, keys = min(rest.key1 - now, F::KEYS), sees[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+      sees[r] = rest.sees(plan.rows[threadIdx.x / 32 * 32 + r * 8 + threadIdx.x % 32 / 4].token);
+    mask_scores<DIM>(s, sees, now);
+    more = rest.next(plan, a.segments);
+    cp_async_wait<0>();
+    __syncthreads();
+    if (more) Copy::copy(to_k, Copy::from(a.k, plan.kv_head, rest.key), a.k_step, rest.key1 - rest.key);
+    cp_async_commit();
+    raise_where_needed<DIM>(sums, s, a.scale);
+    if (REDO) add_not_finite<DIM>(sums, s, a.scale, sees, now, keys, shared);
+    add_values<DIM>(sums, s, shared + F::V, at_v, a.scale);
+  }
+}
+
+template <int DIM, bool REDO>
+__global__ void __launch_bounds__(Forward<DIM>::THREADS, 2) attention_forward(ForwardArguments a) {
+  using F = Forward<DIM>;
+  SIMT_SHARED(unsigned char, shared);
+  auto& plan = *reinterpret_cast<Plan<F::ROWS>*>(shared + F::PLAN);
+  static_assert(F::THREADS == F::ROWS, "a thread for a row");
+  for (Snake at; at.program < a.programs; at.next()) {
+    int* redo = a.redo + static_cast<int64_t>(at.program) * F::WARPS;
+    QueryTile t = query_tile(a.tiles, at.program, a.kv_heads, a.packing);
+    if (t.first >= t.last) continue;
+    if (REDO && !(redo[0] | redo[1] | redo[2] | redo[3])) continue;
+    __syncthreads();  // the plan before has been used
+    plan.rows[threadIdx.x] = tile_row<F::ROWS>(t, a.packing, threadIdx.x);
+    if (threadIdx.x == 0) plan.template set<F::KEYS>(t, a.segments);
+    __syncthreads();
+    Sums<DIM> sums;
+    attend<DIM, REDO>(a, plan, sums, shared);
+    store<DIM, REDO>(a, plan, sums, redo, shared + F::Q);
+  }
+}
+
+template <int DIM>
+int launch_forward(const ForwardArguments& a, int blocks, void* stream) {
+  using F = Forward<DIM>;
+  if (a.programs <= 0 || a.programs > INT32_MAX / 4 || blocks <= 0 || blocks > INT32_MAX / 4) return BAD_ARGUMENT;
+  if (a.packing.pack <= 0 || a.packing.pack > F::ROWS || a.kv_heads <= 0) return BAD_ARGUMENT;
+  dim3 grid(static_cast<unsigned>(min(a.programs, blocks)));
+  int raised = SIMT_LAUNCH((attention_forward<DIM, false>), grid, dim3(F::THREADS), F::shared(false), stream, a);
+  if (raised) return raised;
+  return SIMT_LAUNCH((attention_forward<DIM, true>), grid, dim3(F::THREADS), F::shared(true), stream, a);
+}
+
+}  // namespace attention
+
+// q, k, v    bf16, strides of tokens and heads in elements, all addresses multiples of 16 bytes
+// tiles      of query_tiles, (tiles, 4) int32, for 128 / pack tokens each; redo: 4 int32 for each program
+// pack       query heads of a tile; ratio: of a kv head
+// blocks     that the GPU holds at a time; two launches
+#define HPS_ATTENTION_FORWARD(DIM)                                                                                    \
+  extern "C" int hps_attention_forward_d##DIM(                                                                        \
+      const void* q, const void* k, const void* v, void* out, void* lse, const void* segments, const void* tiles,     \
+      void* redo, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,  \
+      int64_t num_tiles, int kv_heads, int ratio, int pack, float scale_log2, int blocks, void* stream) {             \
+    using attention::bf16;                                                                                            \
+    int chunks = pack > 0 ? (ratio + pack - 1) / pack : 0;                                                            \
+    int64_t programs = num_tiles * kv_heads * chunks;                                                                 \
+    if (programs > INT32_MAX) return BAD_ARGUMENT;                                                                    \
+    auto heads = [](const void* x, int64_t token, int64_t head) {                                                     \
+      return attention::Heads{static_cast<const unsigned char*>(x), token * 2, head * 2};                             \
+    };                                                                                                                \
+    constexpr int STEP = attention::Forward<DIM>::Copy::STEP;                                                         \
+    attention::ForwardArguments a{heads(q, q_token, q_head), heads(k, k_token, k_head), heads(v, v_token, v_head),    \
+                                  k_token * 2 * STEP, v_token * 2 * STEP,                                             \
+                                  static_cast<bf16*>(out), static_cast<float*>(lse),                                  \
+                                  static_cast<const int*>(segments), static_cast<const int*>(tiles),                  \
+                                  static_cast<int*>(redo), static_cast<int>(programs), kv_heads,                      \
+                                  {ratio, pack, chunks}, scale_log2};                                                 \
+    return attention::launch_forward<DIM>(a, blocks, stream);                                                         \
+  }
