@@ -24,16 +24,25 @@ struct Row {
   static __device__ __forceinline__ int at(int row, int chunk) { return row * BYTES + ((chunk ^ (row & 7)) << 4); }
 };
 
+// The compiler takes it for a number that it knows nothing of: it stays in its register through a loop, where it would
+// else be made again in every turn.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDACC__
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+#endif
+  return x;
+}
+
 // Where this lane reads 16 x 16 squares of tiles whose rows have DIM numbers: one offset, and constants for each square.
 template <int DIM>
 struct Fragments {
   int at;
   // The squares start at a row of the tile, a multiple of 8.
   static __device__ __forceinline__ Fragments left(int row) {
-    return {Row<DIM>::at(row + threadIdx.x % 16, threadIdx.x % 32 / 16)};
+    return {opaque(Row<DIM>::at(row + threadIdx.x % 16, threadIdx.x % 32 / 16))};
   }
   static __device__ __forceinline__ Fragments right(int row) {
-    return {Row<DIM>::at(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2)};
+    return {opaque(Row<DIM>::at(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2))};
   }
   // Rows 16 row.., columns 16 column.. of a tile; both known to the compiler.
   __device__ __forceinline__ int of(int row, int column) const {
@@ -72,15 +81,6 @@ struct TileCopy {
   }
 };
 
-// The compiler takes it for a number that it knows nothing of: it stays in its register through a loop, where it would
-// else be made again in every turn.
-__device__ __forceinline__ int opaque(int x) {
-#ifdef __CUDACC__
-  asm volatile("mov.b32 %0, %0;" : "+r"(x));
-#endif
-  return x;
-}
-
 // Query heads of one kv head as rows of a tile: row r is token r / pack, head r % pack of a chunk of the group's heads.
 struct Packing {
   int ratio, pack, chunks;  // query heads of a kv head; of a tile; tiles that they take
@@ -107,16 +107,11 @@ __device__ __forceinline__ TileRow tile_row(const QueryTile& t, const Packing& p
   return {valid ? t.first + token : -1, t.kv_head * p.ratio + of_group};
 }
 
-// Programs of a block in a launch of fewer blocks than programs. They stand longest first: each two rounds a block takes
-// one from the front and one from the back of 2 gridDim, so that all get as much.
-struct Snake {
-  int program, step;
-  __device__ __forceinline__ Snake()
-      : program(static_cast<int>(blockIdx.x)), step(2 * static_cast<int>(gridDim.x - blockIdx.x) - 1) {}
-  __device__ __forceinline__ void next() {
-    program += step;
-    step = 2 * static_cast<int>(gridDim.x) - step;
-  }
-};
+// A block's program in a round, in a launch of fewer blocks than programs. They stand longest first: a block is first in
+// one round and last in the next, so that all get as much.
+__device__ __forceinline__ int program_of(int round) {
+  int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  return round * blocks + (round % 2 ? blocks - 1 - block : block);
+}
 
 }  // namespace attention

@@ -15,18 +15,6 @@
 
 namespace attention {
 
-template <int DIM>
-struct Forward {
-  static constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, KEYS = DIM == 64 ? 128 : 64;
-  // Of shared memory, in bytes; the weights are there in the second launch.
-  static constexpr int Q = 0, K = ROWS * DIM * 2, V = K + KEYS * DIM * 2, PLAN = V + KEYS * DIM * 2;
-  static constexpr int WEIGHTS = PLAN + (ROWS + 8) * 8;
-  static constexpr int shared(bool redo) { return WEIGHTS + (redo ? ROWS * KEYS * 2 : 0); }
-  using Copy = TileCopy<DIM, KEYS, THREADS>;
-  using Scores = float[2][KEYS / 8][4];
-  using Weights = uint32_t[2][4];  // of 16 keys, as left operands
-};
-
 struct ForwardArguments {
   Heads q, k, v;
   int64_t k_step, v_step;  // bytes of the tokens that are copied at a time
@@ -38,6 +26,69 @@ struct ForwardArguments {
   int programs, kv_heads;
   Packing packing;
   float scale;  // of the scores, times log2(e)
+};
+
+// Keys key..key1-1, a block of them at a time, of which rows of the tokens low..high-1 see those up to themselves.
+struct Keys {
+  int segment, key, key1, low, high;
+  __device__ __forceinline__ int seen_by(int token) const { return token >= low && token < high ? min(token + 1, key1) : 0; }
+};
+
+// What a block knows of its tile, in shared memory; its first thread writes it.
+template <int ROWS, int KEYS>
+struct Plan {
+  int first, last, segment0, segment1, kv_head;
+  // Blocks of keys that every row sees whole: the prefix's, then the segment's, if the tile is of one only.
+  int whole, prefix_blocks;
+  int prefix_rest, prefix1, own_rest;  // where the keys behind them begin, and the prefix's end
+  int64_t k_gap, v_gap;                // bytes from the keys behind the prefix's whole blocks to the segment's first
+  // The last whole block, then the rest of each segment, then of the prefix: the block at work, and the one behind.
+  Keys rest[2];
+  TileRow rows[ROWS];
+
+  __device__ __forceinline__ void set(const QueryTile& t, const ForwardArguments& a) {
+    const int* row = a.segments + static_cast<int64_t>(t.segment0) * 4;
+    int start = row[0], prefix0 = row[2];
+    first = t.first, last = t.last, segment0 = t.segment0, segment1 = t.segment1, kv_head = t.kv_head;
+    prefix1 = t.segment0 < t.segment1 ? row[3] : prefix0;  // rows of no segment see nothing
+    prefix_blocks = (prefix1 - prefix0) / KEYS;
+    int own_blocks = t.segment1 - t.segment0 == 1 ? (t.first - start) / KEYS : 0;
+    whole = prefix_blocks + own_blocks;
+    prefix_rest = prefix0 + prefix_blocks * KEYS;
+    own_rest = start + own_blocks * KEYS;
+    k_gap = (start - prefix_rest) * a.k.token;
+    v_gap = (start - prefix_rest) * a.v.token;
+    int key1 = own_blocks ? own_rest : prefix_rest;
+    rest[0] = {segment0 - 1, key1 - KEYS, key1, 0, INT32_MAX};
+    if (!whole) rest[0] = behind({segment0 - 1, 0, 0, 0, 0}, a.segments);
+  }
+  __device__ __forceinline__ int key(int block) const {
+    return block < prefix_blocks ? prefix_rest - (prefix_blocks - block) * KEYS : own_rest - (whole - block) * KEYS;
+  }
+  // What comes behind a block of the rest; it has no keys where nothing does.
+  __device__ __forceinline__ Keys behind(Keys k, const int* segments) const {
+    k.key += KEYS;
+    if (k.key < k.key1) return k;
+    k.segment++;
+    if (k.segment < segment1) {
+      const int* row = segments + static_cast<int64_t>(k.segment) * 4;
+      return {k.segment, k.segment == segment0 ? own_rest : row[0], min(row[1], last), row[0], row[1]};
+    }
+    return {k.segment, prefix_rest, k.segment == segment1 ? prefix1 : prefix_rest, 0, INT32_MAX};
+  }
+};
+
+template <int DIM>
+struct Forward {
+  static constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, KEYS = DIM == 64 ? 128 : 64;
+  // Of shared memory, in bytes; the weights are there in the second launch.
+  static constexpr int Q = 0, K = ROWS * DIM * 2, V = K + KEYS * DIM * 2, PLAN = V + KEYS * DIM * 2;
+  static constexpr int WEIGHTS = PLAN + (sizeof(attention::Plan<ROWS, KEYS>) + 15) / 16 * 16;
+  static constexpr int shared(bool redo) { return WEIGHTS + (redo ? ROWS * KEYS * 2 : 0); }
+  using Plan = attention::Plan<ROWS, KEYS>;
+  using Copy = TileCopy<DIM, KEYS, THREADS>;
+  using Scores = float[2][KEYS / 8][4];
+  using Weights = uint32_t[2][4];  // of 16 keys, as left operands
 };
 
 constexpr float SLACK = 8;  // weights reach 2^SLACK: no less exact in bf16 and fp32 than up to 1
@@ -163,69 +214,14 @@ __device__ __forceinline__ void add_values(Sums<DIM>& sums, const typename Forwa
   }
 }
 
-// What a block knows of its tile, in shared memory.
-template <int ROWS>
-struct Plan {
-  int first, last, segment0, segment1, kv_head;
-  // Blocks of keys that every row sees whole: the prefix's, then the segment's, if the tile is of one only.
-  int whole, prefix_blocks;
-  int prefix_rest, prefix1, own_rest;  // where the keys behind them begin, and the prefix's end
-  TileRow rows[ROWS];
-
-  template <int KEYS>
-  __device__ __forceinline__ void set(const QueryTile& t, const int* segments) {
-    const int* row = segments + static_cast<int64_t>(t.segment0) * 4;
-    int start = row[0], prefix0 = row[2];
-    first = t.first, last = t.last, segment0 = t.segment0, segment1 = t.segment1, kv_head = t.kv_head;
-    prefix1 = t.segment0 < t.segment1 ? row[3] : prefix0;  // rows of no segment see nothing
-    prefix_blocks = (prefix1 - prefix0) / KEYS;
-    int own_blocks = t.segment1 - t.segment0 == 1 ? (t.first - start) / KEYS : 0;
-    whole = prefix_blocks + own_blocks;
-    prefix_rest = prefix0 + prefix_blocks * KEYS;
-    own_rest = start + own_blocks * KEYS;
-  }
-  template <int KEYS>
-  __device__ __forceinline__ int key(int block) const {
-    return block < prefix_blocks ? prefix_rest - (prefix_blocks - block) * KEYS : own_rest - (whole - block) * KEYS;
-  }
-};
-
-// The blocks behind, and the last whole one before them: keys key..key1-1, of which rows of the tokens low..high-1 see
-// those up to themselves. First the rest of each segment's, then of the prefix's.
-template <int KEYS>
-struct Rest {
-  int segment, key, key1, low, high;
-  template <class P>
-  __device__ __forceinline__ explicit Rest(const P& plan) : segment(plan.segment0 - 1), low(0), high(INT32_MAX) {
-    key1 = plan.whole ? plan.template key<KEYS>(plan.whole - 1) + KEYS : 0;
-    key = key1 - KEYS;
-  }
-  template <class P>
-  __device__ __forceinline__ bool next(const P& plan, const int* segments) {
-    key += KEYS;
-    if (key < key1) return true;
-    segment++;
-    if (segment < plan.segment1) {
-      const int* row = segments + static_cast<int64_t>(segment) * 4;
-      low = row[0];
-      high = row[1];
-      key = segment == plan.segment0 ? plan.own_rest : low;
-      key1 = min(high, plan.last);
-      return true;
-    }
-    key = plan.prefix_rest;
-    key1 = plan.prefix1;
-    low = 0, high = INT32_MAX;
-    return segment == plan.segment1 && key < key1;
-  }
-  __device__ __forceinline__ int sees(int token) const { return token >= low && token < high ? min(token + 1, key1) : 0; }
-};
+// Rows of this lane: see Sums.
+__device__ __forceinline__ int row_of(int r) { return threadIdx.x / 32 * 32 + r * 8 + threadIdx.x % 32 / 4; }
 
 template <int DIM>
-__device__ __forceinline__ void mask_scores(typename Forward<DIM>::Scores& s, const int (&sees)[4], int key) {
+__device__ __forceinline__ void mask_scores(typename Forward<DIM>::Scores& s, const Keys& keys, const TileRow* rows) {
 #pragma unroll
   for (int r = 0; r < 4; r++) {
-    int seen = sees[r] - key - threadIdx.x % 4 * 2;
+    int seen = keys.seen_by(rows[row_of(r)].token) - keys.key - threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Forward<DIM>::KEYS / 8; n++)
 #pragma unroll
@@ -242,7 +238,7 @@ __device__ __forceinline__ bool finite(float x) { return fabsf(x) < INF; }
 // zeros in their place. The whole block calls it.
 template <int DIM>
 __device__ void add_not_finite(Sums<DIM>& sums, const typename Forward<DIM>::Scores& s, float scale,
-                               const int (&sees)[4], int key, int keys, unsigned char* shared) {
+                               const Keys& keys, const TileRow* rows, unsigned char* shared) {
   using F = Forward<DIM>;
   int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
   bf16* weights = reinterpret_cast<bf16*>(shared + F::WEIGHTS) + (threadIdx.x / 32 * 32 + group) * F::KEYS;
@@ -257,8 +253,11 @@ __device__ void add_not_finite(Sums<DIM>& sums, const typename Forward<DIM>::Sco
         *reinterpret_cast<uint32_t*>(weights + (2 * m + i % 2) * 8 * F::KEYS + (2 * k + i / 2) * 8 + pair * 2) = w[m][i];
   }
   __syncwarp();
+  int seen[4];
+#pragma unroll
+  for (int r = 0; r < 4; r++) seen[r] = keys.seen_by(rows[row_of(r)].token) - keys.key;
 #pragma unroll 1
-  for (int j = 0; j < keys; j++) {
+  for (int j = 0; j < min(F::KEYS, keys.key1 - keys.key); j++) {
     const unsigned char* row = shared + F::V;
 #pragma unroll
     for (int d = 0; d < DIM / 8; d++) {
@@ -269,7 +268,7 @@ __device__ void add_not_finite(Sums<DIM>& sums, const typename Forward<DIM>::Sco
       for (int r = 0; r < 4; r++)
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          if (key + j < sees[r] && !finite(v[e]))
+          if (j < seen[r] && !finite(v[e]))
             sums.acc[r / 2][d][r % 2 * 2 + e] += __bfloat162float(weights[r * 8 * F::KEYS + j]) * v[e];
     }
   }
@@ -297,8 +296,8 @@ __device__ __forceinline__ void copy_queries(const Heads& q, const TileRow* rows
 
 // out and lse of a warp's rows, by way of its part of shared memory, where Q was.
 template <int DIM, bool REDO>
-__device__ __forceinline__ void store(const ForwardArguments& a, const Plan<Forward<DIM>::ROWS>& plan, Sums<DIM>& sums,
-                                      int* redo, unsigned char* q) {
+__device__ __forceinline__ void store(const ForwardArguments& a, const typename Forward<DIM>::Plan& plan, Sums<DIM>& sums,
+                                      int program, unsigned char* q) {
   constexpr int CHUNKS = Row<DIM>::CHUNKS, STEP = 32 / CHUNKS;
   int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 32;
   // Rows of no segment have a sum of 0, and so may others have (scores of -inf only): the segment tells.
@@ -322,7 +321,7 @@ __device__ __forceinline__ void store(const ForwardArguments& a, const Plan<Forw
   }
   if (!REDO) {
     bool some = __any_sync(~0u, !(bad == 0.f));
-    if (lane == 0) redo[threadIdx.x / 32] = some;
+    if (lane == 0) a.redo[static_cast<int64_t>(program) * Forward<DIM>::WARPS + threadIdx.x / 32] = some;
   }
   __syncwarp();
 #pragma unroll 4
@@ -337,12 +336,11 @@ __device__ __forceinline__ void store(const ForwardArguments& a, const Plan<Forw
 
 // The sums of a tile. The whole block calls it.
 template <int DIM, bool REDO>
-__device__ __forceinline__ void attend(const ForwardArguments& a, const Plan<Forward<DIM>::ROWS>& plan, Sums<DIM>& sums,
+__device__ __forceinline__ void attend(const ForwardArguments& a, typename Forward<DIM>::Plan& plan, Sums<DIM>& sums,
                                        unsigned char* shared) {
   using F = Forward<DIM>;
   using Copy = typename F::Copy;
-  Rest<F::KEYS> rest(plan);
-  if (!plan.whole && !rest.next(plan, a.segments)) return;
+  if (plan.rest[0].key >= plan.rest[0].key1) return;
   const auto at_q = Fragments<DIM>::left(threadIdx.x / 32 * 32), at_k = Fragments<DIM>::right(0);
   const auto at_v = Fragments<DIM>::left(0);
   unsigned char *to_k = shared + F::K + Copy::to(), *to_v = shared + F::V + Copy::to();
@@ -350,11 +348,11 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, const Plan<For
   copy_queries<DIM>(a.q, plan.rows, shared + F::Q);
   int left = plan.whole - 1;  // the last goes with the rest, that a copy for those may begin in it
   {
-    int key = left > 0 ? plan.template key<F::KEYS>(0) : rest.key;
+    int key = left > 0 ? plan.key(0) : plan.rest[0].key;
     auto *k = Copy::from(a.k, plan.kv_head, key), *v = Copy::from(a.v, plan.kv_head, key);
-    Copy::copy(to_k, k, a.k_step, left > 0 ? F::KEYS : rest.key1 - key);
-    k += F::KEYS * a.k.token;
+    Copy::copy(to_k, k, a.k_step, left > 0 ? F::KEYS : plan.rest[0].key1 - key);
     cp_async_commit();
+    k += F::KEYS * a.k.token;
     int until_own = plan.prefix_blocks;
     for (; left > 0; left--) {  // every row sees all of it
       cp_async_wait<0>();
@@ -365,9 +363,8 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, const Plan<For
       cp_async_wait<0>();
       __syncthreads();  // V is there, and K has been used
       if (--until_own == 0) {
-        int64_t gap = plan.template key<F::KEYS>(plan.prefix_blocks) - plan.prefix_rest;
-        k += gap * a.k.token;
-        v += gap * a.v.token;
+        k += plan.k_gap;
+        v += plan.v_gap;
       }
       Copy::copy(to_k, k, a.k_step);
       cp_async_commit();
@@ -375,24 +372,25 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, const Plan<For
       add_values<DIM>(sums, s, shared + F::V, at_v, a.scale);
     }
   }
-  for (bool more = true; more;) {
+  bool more = true;
+  for (int turn = 0; more; turn ^= 1) {
     cp_async_wait<0>();
     __syncthreads();
-    Copy::copy(to_v, Copy::from(a.v, plan.kv_head, rest.key), a.v_step, rest.key1 - rest.key);
+    Keys now = plan.rest[turn];
+    Copy::copy(to_v, Copy::from(a.v, plan.kv_head, now.key), a.v_step, now.key1 - now.key);
     cp_async_commit();
+    if (threadIdx.x == 0) plan.rest[turn ^ 1] = plan.behind(now, a.segments);
+    __syncwarp();
     make_scores<DIM>(s, shared + F::Q, at_q, shared + F::K, at_k);
-    int now = rest.key, keys = min(rest.key1 - now, F::KEYS), sees[4];
-#pragma unroll
-    for (int r = 0; r < 4; r++)
-      sees[r] = rest.sees(plan.rows[threadIdx.x / 32 * 32 + r * 8 + threadIdx.x % 32 / 4].token);
-    mask_scores<DIM>(s, sees, now);
-    more = rest.next(plan, a.segments);
     cp_async_wait<0>();
     __syncthreads();
-    if (more) Copy::copy(to_k, Copy::from(a.k, plan.kv_head, rest.key), a.k_step, rest.key1 - rest.key);
+    Keys next = plan.rest[turn ^ 1];
+    more = next.key < next.key1;
+    if (more) Copy::copy(to_k, Copy::from(a.k, plan.kv_head, next.key), a.k_step, next.key1 - next.key);
     cp_async_commit();
+    mask_scores<DIM>(s, plan.rest[turn], plan.rows);
     raise_where_needed<DIM>(sums, s, a.scale);
-    if (REDO) add_not_finite<DIM>(sums, s, a.scale, sees, now, keys, shared);
+    if (REDO) add_not_finite<DIM>(sums, s, a.scale, plan.rest[turn], plan.rows, shared);
     add_values<DIM>(sums, s, shared + F::V, at_v, a.scale);
   }
 }
@@ -400,21 +398,23 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, const Plan<For
 template <int DIM, bool REDO>
 __global__ void __launch_bounds__(Forward<DIM>::THREADS, 2) attention_forward(ForwardArguments a) {
   using F = Forward<DIM>;
-  SIMT_SHARED(unsigned char, shared);
-  auto& plan = *reinterpret_cast<Plan<F::ROWS>*>(shared + F::PLAN);
   static_assert(F::THREADS == F::ROWS, "a thread for a row");
-  for (Snake at; at.program < a.programs; at.next()) {
-    int* redo = a.redo + static_cast<int64_t>(at.program) * F::WARPS;
-    QueryTile t = query_tile(a.tiles, at.program, a.kv_heads, a.packing);
+  SIMT_SHARED(unsigned char, shared);
+  auto& plan = *reinterpret_cast<typename F::Plan*>(shared + F::PLAN);
+  for (int round = 0; program_of(round) < a.programs; round++) {
+    QueryTile t = query_tile(a.tiles, program_of(round), a.kv_heads, a.packing);
     if (t.first >= t.last) continue;
-    if (REDO && !(redo[0] | redo[1] | redo[2] | redo[3])) continue;
+    if (REDO) {
+      const int* redo = a.redo + static_cast<int64_t>(program_of(round)) * F::WARPS;
+      if (!(redo[0] | redo[1] | redo[2] | redo[3])) continue;
+    }
     __syncthreads();  // the plan before has been used
     plan.rows[threadIdx.x] = tile_row<F::ROWS>(t, a.packing, threadIdx.x);
-    if (threadIdx.x == 0) plan.template set<F::KEYS>(t, a.segments);
+    if (threadIdx.x == 0) plan.set(t, a);
     __syncthreads();
     Sums<DIM> sums;
     attend<DIM, REDO>(a, plan, sums, shared);
-    store<DIM, REDO>(a, plan, sums, redo, shared + F::Q);
+    store<DIM, REDO>(a, plan, sums, program_of(round), shared + F::Q);
   }
 }
 
