@@ -37,9 +37,9 @@ struct Keys {
 // What a block knows of its tile, in shared memory; its first thread writes it.
 template <int ROWS, int KEYS>
 struct Plan {
-  int first, last, segment0, segment1, kv_head;
+  int round, first, last, segment0, segment1, kv_head;
   // Blocks of keys that every row sees whole: the prefix's, then the segment's, if the tile is of one only.
-  int whole, prefix_blocks;
+  int whole, prefix_blocks, own_blocks;
   int prefix_rest, prefix1, own_rest;  // where the keys behind them begin, and the prefix's end
   int64_t k_gap, v_gap;                // bytes from the keys behind the prefix's whole blocks to the segment's first
   // The last whole block, then the rest of each segment, then of the prefix: the block at work, and the one behind.
@@ -52,7 +52,7 @@ struct Plan {
     first = t.first, last = t.last, segment0 = t.segment0, segment1 = t.segment1, kv_head = t.kv_head;
     prefix1 = t.segment0 < t.segment1 ? row[3] : prefix0;  // rows of no segment see nothing
     prefix_blocks = (prefix1 - prefix0) / KEYS;
-    int own_blocks = t.segment1 - t.segment0 == 1 ? (t.first - start) / KEYS : 0;
+    own_blocks = t.segment1 - t.segment0 == 1 ? (t.first - start) / KEYS : 0;
     whole = prefix_blocks + own_blocks;
     prefix_rest = prefix0 + prefix_blocks * KEYS;
     own_rest = start + own_blocks * KEYS;
@@ -353,7 +353,6 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
     Copy::copy(to_k, k, a.k_step, left > 0 ? F::KEYS : plan.rest[0].key1 - key);
     cp_async_commit();
     k += F::KEYS * a.k.token;
-    int until_own = plan.prefix_blocks;
     for (; left > 0; left--) {  // every row sees all of it
       cp_async_wait<0>();
       __syncthreads();  // K is there, and V has been used
@@ -362,7 +361,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
       make_scores<DIM>(s, shared + F::Q, at_q, shared + F::K, at_k);
       cp_async_wait<0>();
       __syncthreads();  // V is there, and K has been used
-      if (--until_own == 0) {
+      if (left == plan.own_blocks) {
         k += plan.k_gap;
         v += plan.v_gap;
       }
@@ -410,10 +409,14 @@ __global__ void __launch_bounds__(Forward<DIM>::THREADS, 2) attention_forward(Fo
     }
     __syncthreads();  // the plan before has been used
     plan.rows[threadIdx.x] = tile_row<F::ROWS>(t, a.packing, threadIdx.x);
-    if (threadIdx.x == 0) plan.set(t, a);
+    if (threadIdx.x == 0) {
+      plan.round = round;
+      plan.set(t, a);
+    }
     __syncthreads();
     Sums<DIM> sums;
     attend<DIM, REDO>(a, plan, sums, shared);
+    round = plan.round;  // no register holds it through the loops
     store<DIM, REDO>(a, plan, sums, program_of(round), shared + F::Q);
   }
 }
