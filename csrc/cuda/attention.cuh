@@ -58,7 +58,7 @@ struct Heads {
 
 // Copies ROWS rows of a tile by all THREADS of a block. `to` and `from` are this thread's chunk in the first rows:
 // row threadIdx.x / CHUNKS, chunk threadIdx.x % CHUNKS; `step` is the bytes of STEP tokens. Rows from `count` on are
-// zeros; without a count all are there. `from` is left at the rows behind.
+// zeros; without a count all are there, and `from` goes on to the last of them: it is one step before the first at first.
 template <int DIM, int ROWS, int THREADS>
 struct TileCopy {
   static constexpr int STEP = THREADS / Row<DIM>::CHUNKS;  // rows at a time
@@ -71,7 +71,7 @@ struct TileCopy {
   }
   static __device__ __forceinline__ void copy(unsigned char* to, const unsigned char*& from, int64_t step) {
 #pragma unroll
-    for (int i = 0; i < ROWS / STEP; i++, from += step) cp_async16(to + i * STEP * Row<DIM>::BYTES, from);
+    for (int i = 0; i < ROWS / STEP; i++) cp_async16(to + i * STEP * Row<DIM>::BYTES, from += step);
   }
   static __device__ __forceinline__ void copy(unsigned char* to, const unsigned char* from, int64_t step, int count) {
     count -= row();

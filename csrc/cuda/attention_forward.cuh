@@ -352,7 +352,8 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
     auto *k = Copy::from(a.k, plan.kv_head, key), *v = Copy::from(a.v, plan.kv_head, key);
     Copy::copy(to_k, k, a.k_step, left > 0 ? F::KEYS : plan.rest[0].key1 - key);
     cp_async_commit();
-    k += F::KEYS * a.k.token;
+    k += F::KEYS * a.k.token - a.k_step;
+    v -= a.v_step;
     for (; left > 0; left--) {  // every row sees all of it
       cp_async_wait<0>();
       __syncthreads();  // K is there, and V has been used
