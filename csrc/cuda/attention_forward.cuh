@@ -31,7 +31,7 @@ struct ForwardArguments {
 // Keys key..key1-1, a block of them at a time, of which rows of the tokens low..high-1 see those up to themselves.
 struct Keys {
   int segment, key, key1, low, high;
-  __device__ __forceinline__ int seen_by(int token) const { return token >= low && token < high ? min(token + 1, key1) : 0; }
+  __device__ __forceinline__ int seen_by(int token) const { return (token >= low) & (token < high) ? min(token + 1, key1) : 0; }
 };
 
 // What a block knows of its tile, in shared memory; its first thread writes it.
@@ -341,8 +341,9 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
   using F = Forward<DIM>;
   using Copy = typename F::Copy;
   if (plan.rest[0].key >= plan.rest[0].key1) return;
-  const auto at_q = Fragments<DIM>::left(threadIdx.x / 32 * 32), at_k = Fragments<DIM>::right(0);
+  const auto at_k = Fragments<DIM>::right(0);
   const auto at_v = Fragments<DIM>::left(0);
+  const unsigned char* q = shared + F::Q + threadIdx.x / 32 * 32 * Row<DIM>::BYTES;
   unsigned char *to_k = shared + F::K + Copy::to(), *to_v = shared + F::V + Copy::to();
   typename F::Scores s;
   copy_queries<DIM>(a.q, plan.rows, shared + F::Q);
@@ -359,7 +360,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
       __syncthreads();  // K is there, and V has been used
       Copy::copy(to_v, v, a.v_step);
       cp_async_commit();
-      make_scores<DIM>(s, shared + F::Q, at_q, shared + F::K, at_k);
+      make_scores<DIM>(s, q, at_v, shared + F::K, at_k);
       cp_async_wait<0>();
       __syncthreads();  // V is there, and K has been used
       if (left == plan.own_blocks) {
@@ -381,7 +382,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
     cp_async_commit();
     if (threadIdx.x == 0) plan.rest[turn ^ 1] = plan.behind(now, a.segments);
     __syncwarp();
-    make_scores<DIM>(s, shared + F::Q, at_q, shared + F::K, at_k);
+    make_scores<DIM>(s, q, at_v, shared + F::K, at_k);
     cp_async_wait<0>();
     __syncthreads();
     Keys next = plan.rest[turn ^ 1];
@@ -422,11 +423,29 @@ __global__ void __launch_bounds__(Forward<DIM>::THREADS, 2) attention_forward(Fo
   }
 }
 
+// What the launchers do, in two launches.
+//   q, k, v    bf16; strides of tokens and heads in elements; all addresses multiples of 16 bytes
+//   tiles      of query_tiles, (num_tiles, 4) int32, for 128 / pack tokens each
+//   redo       (num_tiles kv_heads ceil(ratio / pack), 4) int32, of no value before and after
+//   ratio      query heads of a kv head, of which a tile has up to `pack`
+//   blocks     that the GPU holds at a time
 template <int DIM>
-int launch_forward(const ForwardArguments& a, int blocks, void* stream) {
+int launch_forward(const void* q, const void* k, const void* v, void* out, void* lse, const void* segments,
+                   const void* tiles, void* redo, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head,
+                   int64_t v_token, int64_t v_head, int64_t num_tiles, int kv_heads, int ratio, int pack,
+                   float scale_log2, int blocks, void* stream) {
   using F = Forward<DIM>;
-  if (a.programs <= 0 || a.programs > INT32_MAX / 4 || blocks <= 0 || blocks > INT32_MAX / 4) return BAD_ARGUMENT;
-  if (a.packing.pack <= 0 || a.packing.pack > F::ROWS || a.kv_heads <= 0) return BAD_ARGUMENT;
+  if (num_tiles <= 0 || kv_heads <= 0 || ratio <= 0 || pack <= 0 || pack > F::ROWS || blocks <= 0) return BAD_ARGUMENT;
+  int chunks = (ratio + pack - 1) / pack;
+  if (num_tiles > INT32_MAX / 4 / kv_heads / chunks || blocks > INT32_MAX / 4) return BAD_ARGUMENT;
+  auto heads = [](const void* x, int64_t token, int64_t head) {
+    return Heads{static_cast<const unsigned char*>(x), token * 2, head * 2};
+  };
+  ForwardArguments a{heads(q, q_token, q_head), heads(k, k_token, k_head), heads(v, v_token, v_head),
+                     F::Copy::STEP * k_token * 2, F::Copy::STEP * v_token * 2,
+                     static_cast<bf16*>(out), static_cast<float*>(lse), static_cast<const int*>(segments),
+                     static_cast<const int*>(tiles), static_cast<int*>(redo),
+                     static_cast<int>(num_tiles) * kv_heads * chunks, kv_heads, {ratio, pack, chunks}, scale_log2};
   dim3 grid(static_cast<unsigned>(min(a.programs, blocks)));
   int raised = SIMT_LAUNCH((attention_forward<DIM, false>), grid, dim3(F::THREADS), F::shared(false), stream, a);
   if (raised) return raised;
@@ -434,29 +453,3 @@ int launch_forward(const ForwardArguments& a, int blocks, void* stream) {
 }
 
 }  // namespace attention
-
-// q, k, v    bf16, strides of tokens and heads in elements, all addresses multiples of 16 bytes
-// tiles      of query_tiles, (tiles, 4) int32, for 128 / pack tokens each; redo: 4 int32 for each program
-// pack       query heads of a tile; ratio: of a kv head
-// blocks     that the GPU holds at a time; two launches
-#define HPS_ATTENTION_FORWARD(DIM)                                                                                    \
-  extern "C" int hps_attention_forward_d##DIM(                                                                        \
-      const void* q, const void* k, const void* v, void* out, void* lse, const void* segments, const void* tiles,     \
-      void* redo, int64_t q_token, int64_t q_head, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,  \
-      int64_t num_tiles, int kv_heads, int ratio, int pack, float scale_log2, int blocks, void* stream) {             \
-    using attention::bf16;                                                                                            \
-    int chunks = pack > 0 ? (ratio + pack - 1) / pack : 0;                                                            \
-    int64_t programs = num_tiles * kv_heads * chunks;                                                                 \
-    if (programs > INT32_MAX) return BAD_ARGUMENT;                                                                    \
-    auto heads = [](const void* x, int64_t token, int64_t head) {                                                     \
-      return attention::Heads{static_cast<const unsigned char*>(x), token * 2, head * 2};                             \
-    };                                                                                                                \
-    constexpr int STEP = attention::Forward<DIM>::Copy::STEP;                                                         \
-    attention::ForwardArguments a{heads(q, q_token, q_head), heads(k, k_token, k_head), heads(v, v_token, v_head),    \
-                                  k_token * 2 * STEP, v_token * 2 * STEP,                                             \
-                                  static_cast<bf16*>(out), static_cast<float*>(lse),                                  \
-                                  static_cast<const int*>(segments), static_cast<const int*>(tiles),                  \
-                                  static_cast<int*>(redo), static_cast<int>(programs), kv_heads,                      \
-                                  {ratio, pack, chunks}, scale_log2};                                                 \
-    return attention::launch_forward<DIM>(a, blocks, stream);                                                         \
-  }

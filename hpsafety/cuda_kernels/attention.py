@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hpsafety.cuda_kernels.library import launch
 from hpsafety.triton_kernels.attention_tiles import query_tiles
@@ -24,8 +25,8 @@ def refuses(dtype: torch.dtype | None, head_dim: int | None) -> str | None:
 
 def in_chunks(x):
     """x (T, heads, K), or a copy whose rows are read in whole 16-byte chunks."""
-    apart = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
-    return x if apart and x.data_ptr() % 16 == 0 else x.contiguous()
+    whole = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
+    return x if whole and (isinstance(x, FakeTensor) or x.data_ptr() % 16 == 0) else x.contiguous()
 
 
 def resident_blocks(device: torch.device) -> int:
