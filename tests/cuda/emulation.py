@@ -5,6 +5,7 @@
 Objects are kept in build/simt by content. The emulated library is what HPSAFETY_CUDA_LIBRARY names in the tests.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -39,8 +40,12 @@ def compiler() -> str | None:
     return shutil.which(named) if named else shutil.which("g++")
 
 
-def texts(folder: Path = CUDA) -> dict[str, str]:
-    """Everything the kernels are made of: path below csrc -> text."""
+def texts(folder: Path | None = None) -> dict[str, str]:
+    """Everything the kernels are made of: path below csrc -> text.
+
+    HPSAFETY_CUDA_SOURCES names another csrc/cuda, a mutant's.
+    """
+    folder = folder or Path(os.environ.get("HPSAFETY_CUDA_SOURCES") or CUDA)
     files = [*folder.glob("*.cu"), *folder.glob("*.cuh")]
     found = {f"cuda/{path.name}": path.read_text(encoding="utf-8") for path in files}
     return found | {f"simt/{path.name}": path.read_text(encoding="utf-8") for path in SIMT.glob("*.h")}
@@ -53,12 +58,15 @@ def _run(command: list[str], cwd: Path) -> None:
 
 
 def _make(path: Path, build) -> Path:
-    """build(fresh path) unless the path stands; whole or not at all."""
+    """build(fresh path) unless the path stands; whole or not at all, and by one process at a time."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}")
-        build(fresh)
-        fresh.replace(path)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                fresh = path.with_suffix(f".{os.getpid()}")
+                build(fresh)
+                fresh.replace(path)
     return path
 
 
