@@ -151,7 +151,7 @@ __device__ __forceinline__ void raise(Sums<DIM>& sums, const float (&most)[4], f
 #pragma unroll
   for (int r = 0; r < 4; r++) {
     float m = quad_max(most[r]), old = sums.minus_top[r];
-    if (fmaf(m, scale, old) > SLACK) sums.minus_top[r] = -__fmul_rn(m, scale);
+    sums.minus_top[r] = fmaf(m, scale, old) > SLACK ? -__fmul_rn(m, scale) : old;
     float shrink = exp2_fast(__fsub_rn(sums.minus_top[r], old));
     sums.total[r] = __fmul_rn(sums.total[r], shrink);
 #pragma unroll

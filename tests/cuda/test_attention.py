@@ -288,17 +288,22 @@ def test_launcher_refuses_what_it_has_no_kernel_for(monkeypatch):
         call(make_inputs(plain(3), 1, 1, 64, BF16))
 
 
+OUT, FLAGS = 3, 7  # of the launcher's arguments: the first launch writes both, the second reads flags and writes out
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="checks the emulated kernels")
 @pytest.mark.parametrize("mode, seed", [("fibers", 1), ("fibers", 2), ("tsan", None), ("asan", None)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [pytest.param(64, marks=pytest.mark.sweep), 128])
 def test_replay(mode, seed, dim, monkeypatch):
     """Other orders of threads and blocks, races, bounds, two writers: nothing is found, and the bytes are the same.
 
-    Two blocks, whole and masked blocks of keys of a prefix and of segments, and a tile that is done again.
+    Two blocks, whole and masked blocks of keys of a prefix and of segments; then a tile that is done again.
     """
     monkeypatch.setattr(forward, "resident_blocks", lambda _: 2)
     args = make_inputs(grouped((2 * KEYS[dim] + 3, 6, 5)), 1, 1, dim, BF16)
-    args["v"][-3] = torch.nan
+    again = seed != 1
+    if again:
+        args["v"][-3] = torch.nan
     with replay.recorded() as calls:
         call(args)
-    replay.run(calls[0], mode, seed, read_back=(7,))
+    replay.run(calls[0], mode, seed, read_back=(OUT, FLAGS) if again else (FLAGS,))
