@@ -65,10 +65,10 @@ def tile_rows(first, kv_head, chunk, RATIO: tl.constexpr, PACK: tl.constexpr, RO
 
 
 @triton.jit
-def offsets(index, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+def offsets(index, STRIDE: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr = 1):
     """Of the rows of one block."""
     if STRIDE * COUNT < 2**30:
-        return index * STRIDE
+        return index % STEP * STRIDE + index // STEP * (STEP * STRIDE)
     else:
         return index.to(tl.int64) * STRIDE
 
@@ -94,7 +94,8 @@ def softmax_step(s, top, total, acc, scale_log2):
     now = tl.maximum(top, tl.max(s, 1) * scale_log2)
     weights = tl.exp2(tl.fma(s, scale_log2, -now[:, None]))
     shrink = tl.exp2(top - now)
-    return weights, now, total * shrink + tl.sum(weights, 1), acc * shrink[:, None]
+    parts = tl.reshape(weights, (weights.shape[0], weights.shape[1] // 8, 8))
+    return weights, now, total * shrink[:, None] + tl.sum(parts, 1), acc * shrink[:, None]
 
 
 @triton.jit
@@ -146,8 +147,8 @@ def attention_forward(
     q_at = token.to(tl.int64) * Q_TOKEN + head.to(tl.int64) * Q_HEAD
     q = load_rows(q_ptr, q_at, valid, dim, DIM, DIM != BLOCK_DIM, True)
     column = tl.arange(0, KEYS)
-    k_at = offsets(column, K_TOKEN, KEYS)
-    v_at = offsets(column, V_TOKEN, KEYS)
+    k_at = offsets(column, K_TOKEN, KEYS, 2048 // BLOCK_DIM)
+    v_at = offsets(column, V_TOKEN, KEYS, 2048 // BLOCK_DIM)
     k_ptr += kv_head.to(tl.int64) * K_HEAD
     v_ptr += kv_head.to(tl.int64) * V_HEAD
     segment_ptr = segments_ptr + segment0.to(tl.int64) * 4
@@ -160,7 +161,7 @@ def attention_forward(
     own_blocks = tl.where(segment1 - segment0 == 1, (first - start) // KEYS, 0)
 
     top = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, 8], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM // PARTS], tl.float32)
     own_base = start - prefix_blocks * KEYS
     for block in range(0, prefix_blocks + own_blocks):  # whole blocks that every row sees
@@ -212,6 +213,7 @@ def attention_forward(
                 v = tl.load(v_block + (v_at[:, None] + out_dim[None, :]), mask=keep, other=0.0)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
+    total = tl.sum(total, 1)
     at = token.to(tl.int64) * (kv_heads * RATIO) + head
     keep = valid[:, None] & (out_dim < DIM)[None, :]
     # Rows of no segment have a sum of 0, and so may others have (scores of -inf only, NaN): the segment tells.

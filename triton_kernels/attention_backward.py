@@ -218,8 +218,8 @@ def attention_backward_rows(
     lse = tl.load(lse_ptr + row_at, mask=valid, other=0.0)
     delta = tl.load(delta_ptr + row_at, mask=valid, other=0.0)
     column = tl.arange(0, KEYS)
-    k_at = offsets(column, K_TOKEN, KEYS)
-    v_at = offsets(column, V_TOKEN, KEYS)
+    k_at = offsets(column, K_TOKEN, KEYS, 2048 // BLOCK_DIM)
+    v_at = offsets(column, V_TOKEN, KEYS, 2048 // BLOCK_DIM)
     k_ptr += kv_head.to(tl.int64) * K_HEAD
     v_ptr += kv_head.to(tl.int64) * V_HEAD
     segment_ptr = segments_ptr + segment0.to(tl.int64) * 4
