@@ -163,14 +163,19 @@ def attention_forward(
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS, 8], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM // PARTS], tl.float32)
-    own_base = start - prefix_blocks * KEYS
+    begin = tl.where(prefix_blocks > 0, prefix0, start).to(tl.int64)
+    k_block = k_ptr + begin * K_TOKEN
+    v_block = v_ptr + begin * V_TOKEN
+    jump = start - prefix0 - (prefix_blocks - 1) * KEYS
     for block in range(0, prefix_blocks + own_blocks):  # whole blocks that every row sees
-        key = (tl.where(block < prefix_blocks, prefix0, own_base) + block * KEYS).to(tl.int64)
-        k = load_rows(k_ptr + key * K_TOKEN, k_at, column, dim, DIM, DIM != BLOCK_DIM, False)
+        k = load_rows(k_block, k_at, column, dim, DIM, DIM != BLOCK_DIM, False)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
-        v = load_rows(v_ptr + key * V_TOKEN, v_at, column, out_dim, DIM, DIM != BLOCK_DIM, False)
+        v = load_rows(v_block, v_at, column, out_dim, DIM, DIM != BLOCK_DIM, False)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        step = tl.where(block == prefix_blocks - 1, jump, KEYS).to(tl.int64)
+        k_block += step * K_TOKEN
+        v_block += step * V_TOKEN
 
     # Read and computed again, so that no row's address stays in registers through the loop above.
     first = tl.load(tile_ptr, volatile=True)
