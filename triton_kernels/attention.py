@@ -74,6 +74,19 @@ def offsets(index, STRIDE: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr
 
 
 @triton.jit
+def below(index, limit, STEP: tl.constexpr):
+    """index < limit, with the index as a lane's own number, and constants on the other side."""
+    return index % STEP < limit - index // STEP * STEP
+
+
+@triton.jit
+def columns_below(column, limit):
+    """(rows, columns): column < limit of the row. A lane of an MMA has columns 2n, 2n + 1, then those 8, 16, .. on."""
+    lane = column % 8 // 2 * 2
+    return (column // 8 * 8 + column % 2)[None, :] < limit[:, None] - lane[None, :]
+
+
+@triton.jit
 def load_rows(ptr, at, there, dim, DIM: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
     """(rows, dim) from the rows' offsets; zeros past DIM if PADDED, and if MASKED in the rows that are not there."""
     ptrs = ptr + (at[:, None] + dim[None, :])
@@ -203,11 +216,10 @@ def attention_forward(
             key0 += own_blocks * KEYS
         for block in range(0, tl.cdiv(key1 - key0, KEYS)):
             key = key0 + block * KEYS
-            there = key + column < key1
+            there = below(column, key1 - key, 2048 // BLOCK_DIM)
             k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, DIM != BLOCK_DIM, True)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            seen = column[None, :] < (sees - key)[:, None]
-            s = tl.where(seen, s, MINUS_INF)
+            s = tl.where(columns_below(column, sees - key), s, MINUS_INF)
             weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
             v_block = v_ptr + key.to(tl.int64) * V_TOKEN
             v = load_rows(v_block, v_at, there, out_dim, DIM, DIM != BLOCK_DIM, True)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hpsafety.triton_kernels.attention import dense_last, load_rows, offsets, pack, strides, tile_rows
+from hpsafety.triton_kernels.attention import below, columns_below, dense_last, load_rows, offsets, pack, strides, tile_rows
 from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
 from hpsafety.triton_kernels.launch import capability, launch
 
@@ -261,14 +261,14 @@ def attention_backward_rows(
             key0 += own_blocks * KEYS
         for block in range(0, tl.cdiv(key1 - key0, KEYS)):
             key = key0 + block * KEYS
-            there = key + column < key1
+            there = below(column, key1 - key, 2048 // BLOCK_DIM)
             k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, DIM != BLOCK_DIM, True)
             weights = tl.exp2(
                 tl.fma(tl.dot(q, tl.trans(k), input_precision="ieee"), scale_log2, -lse[:, None])
             )
             v = load_rows(v_ptr + key.to(tl.int64) * V_TOKEN, v_at, there, dim, DIM, DIM != BLOCK_DIM, True)
             ds = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
-            ds = tl.where(column[None, :] < (sees - key)[:, None], ds, 0.0)
+            ds = tl.where(columns_below(column, sees - key), ds, 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     keep = valid[:, None] & (dim < DIM)[None, :]
