@@ -80,10 +80,10 @@ def below(index, limit, STEP: tl.constexpr):
 
 
 @triton.jit
-def columns_below(column, limit):
-    """(rows, columns): column < limit of the row. A lane of an MMA has columns 2n, 2n + 1, then those 8, 16, .. on."""
+def columns_upto(column, last):
+    """(rows, columns): column <= last of the row. A lane of an MMA has columns 2n, 2n + 1, then those 8, 16, .. on."""
     lane = column % 8 // 2 * 2
-    return (column // 8 * 8 + column % 2)[None, :] < limit[:, None] - lane[None, :]
+    return (column // 8 * 8 + column % 2)[None, :] <= last[:, None] - lane[None, :]
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def add_not_finite(
         here = tl.where(key + j < key1, dim, DIM) < DIM
         v = tl.load(v_ptr + (key + j).to(tl.int64) * V_TOKEN + dim, mask=here, other=0.0)
         weight = tl.sum(tl.where((column == j)[None, :], weights, 0.0), 1)
-        counts = (key + j < sees)[:, None] & (finite(v) == 0)[None, :]
+        counts = (key + j <= sees)[:, None] & (finite(v) == 0)[None, :]
         acc += tl.where(counts, weight[:, None] * v.to(tl.float32)[None, :], 0.0)
     return acc
 
@@ -207,19 +207,19 @@ def attention_forward(
         if segment == segment1:
             key0 = prefix0 + prefix_blocks * KEYS
             key1 = prefix1
-            sees = tl.zeros([ROWS], tl.int32) + prefix1
+            sees = tl.zeros([ROWS], tl.int32) + prefix1 - 1
         else:
             key0 = tl.load(segment_ptr + (segment - segment0) * 4)
             end = tl.load(segment_ptr + (segment - segment0) * 4 + 1)
             key1 = tl.minimum(end, last)
-            sees = tl.where((token >= key0) & (token < end), token + 1, 0)
+            sees = tl.where((token >= key0) & (token < end), token, -1)
             key0 += own_blocks * KEYS
         for block in range(0, tl.cdiv(key1 - key0, KEYS)):
             key = key0 + block * KEYS
             there = below(column, key1 - key, 2048 // BLOCK_DIM)
             k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, DIM != BLOCK_DIM, True)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            s = tl.where(columns_below(column, sees - key), s, MINUS_INF)
+            s = tl.where(columns_upto(column, sees - key), s, MINUS_INF)
             weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
             v_block = v_ptr + key.to(tl.int64) * V_TOKEN
             v = load_rows(v_block, v_at, there, out_dim, DIM, DIM != BLOCK_DIM, True)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hpsafety.triton_kernels.attention import below, columns_below, dense_last, load_rows, offsets, pack, strides, tile_rows
+from hpsafety.triton_kernels.attention import below, columns_upto, dense_last, load_rows, offsets, pack, strides, tile_rows
 from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
 from hpsafety.triton_kernels.launch import capability, launch
 
@@ -249,7 +249,7 @@ def attention_backward_rows(
         if segment == segment1:
             key0 = prefix0 + prefix_blocks * KEYS
             key1 = prefix1
-            sees = tl.zeros([ROWS], tl.int32) + prefix1
+            sees = tl.zeros([ROWS], tl.int32) + prefix1 - 1
         else:
             key0 = tl.load(segment_ptr + (segment - segment0) * 4)
             end = tl.load(segment_ptr + (segment - segment0) * 4 + 1)
@@ -257,7 +257,7 @@ def attention_backward_rows(
             alone = (prefix0 >= prefix1) & (
                 token == key0
             )  # a row that sees one key: its weight is 1 whatever q is
-            sees = tl.where((token >= key0) & (token < end) & (alone == 0), token + 1, 0)
+            sees = tl.where((token >= key0) & (token < end) & (alone == 0), token, -1)
             key0 += own_blocks * KEYS
         for block in range(0, tl.cdiv(key1 - key0, KEYS)):
             key = key0 + block * KEYS
@@ -268,7 +268,7 @@ def attention_backward_rows(
             )
             v = load_rows(v_ptr + key.to(tl.int64) * V_TOKEN, v_at, there, dim, DIM, DIM != BLOCK_DIM, True)
             ds = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
-            ds = tl.where(columns_below(column, sees - key), ds, 0.0)
+            ds = tl.where(columns_upto(column, sees - key), ds, 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     keep = valid[:, None] & (dim < DIM)[None, :]
