@@ -69,26 +69,47 @@ def load_values(ptrs, there, PARTIAL: tl.constexpr):
 
 
 @triton.jit
+def row_offsets(row, TOKEN: tl.constexpr, HEAD: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Of the rows of one block: row r is token r // PACK and head r % PACK."""
+    if STEP % PACK == 0:
+        low = row % STEP
+        far = offsets(row // STEP, STEP // PACK * TOKEN, ROWS // STEP)
+        return offsets(low // PACK, TOKEN, STEP // PACK) + offsets(low % PACK, HEAD, PACK) + far
+    else:
+        return offsets(row // PACK, TOKEN, ROWS // PACK) + offsets(row % PACK, HEAD, PACK)
+
+
+@triton.jit
+def from_token(from_, row, PACK: tl.constexpr):
+    """(keys, rows): whether a row's token, counted from the block's first, is from_ of the key or a later one.
+
+    A lane of an MMA has the rows 2n, 2n + 1, then those 8, 16, .. on: constants are on one side.
+    """
+    lane = row % 8 // 2 * 2 // PACK
+    return (row // PACK - lane)[None, :] >= from_[:, None] - lane[None, :]
+
+
+@triton.jit
 def add_to_keys(
-    dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_at, grad_at, row_at, there, dim, scale_log2, sees, pulls,
-    token, DIM: tl.constexpr, PARTIAL: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_at, grad_at, row_at, there, row, dim, scale_log2, sees, pulls,
+    PACK: tl.constexpr, DIM: tl.constexpr, PARTIAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dK / scale and dV with one block of rows added. PARTIAL: some rows may not be there; MASKED: or not see all keys.
 
-    token          of each row; key j is seen by the tokens from sees[j] on
+    sees           key j is seen by the block's tokens from sees[j] on
     pulls          the same for dS: of the one key that a row sees the weight is 1 whatever its score
     """
     q = load_rows(q_ptr, q_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
     lse = load_values(lse_ptr + row_at, there, PARTIAL)
     weights = tl.exp2(tl.fma(tl.dot(k, tl.trans(q), input_precision="ieee"), scale_log2, -lse[None, :]))
     if MASKED:
-        weights = tl.where(sees[:, None] <= token[None, :], weights, 0.0)
+        weights = tl.where(from_token(sees, row, PACK), weights, 0.0)
     grad = load_rows(grad_ptr, grad_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
     dv = tl.dot(weights.to(q.dtype), grad, dv, input_precision="ieee")
     delta = load_values(delta_ptr + row_at, there, PARTIAL)
     ds = weights * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
     if MASKED:
-        ds = tl.where(pulls[:, None] <= token[None, :], ds, 0.0)
+        ds = tl.where(from_token(pulls, row, PACK), ds, 0.0)
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
@@ -123,8 +144,8 @@ def attention_backward_keys(
     v = load_rows(v_tile, offsets(column, V_TOKEN, KEYS), key < tokens, dim, DIM, DIM != BLOCK_DIM, True)
     row = tl.arange(0, ROWS)
     row_token, row_head = row // PACK, row % PACK
-    q_at = offsets(row_token, Q_TOKEN, TOKENS) + offsets(row_head, Q_HEAD, PACK)
-    grad_at = offsets(row_token, GRAD_TOKEN, TOKENS) + offsets(row_head, GRAD_HEAD, PACK)
+    q_at = row_offsets(row, Q_TOKEN, Q_HEAD, PACK, ROWS, 2048 // BLOCK_DIM)
+    grad_at = row_offsets(row, GRAD_TOKEN, GRAD_HEAD, PACK, ROWS, 2048 // BLOCK_DIM)
     heads = kv_heads * RATIO
     row_at = row_token * heads + row_head
 
@@ -156,8 +177,8 @@ def attention_backward_keys(
         whole = (row1 - row0) // TOKENS if WHOLE else end
         masked_end = tl.where(inside, tl.minimum(diagonal, end), end)
         whole_end = tl.maximum(masked_end, whole)
-        begin = tl.where(rest, whole_end, begin)
-        masked_end = tl.where(rest, end, masked_end)
+        begin = tl.where(rest == 1, whole_end, begin)
+        masked_end = tl.where(rest == 1, end, masked_end)
         sees = tl.where((key >= seen0) & (key < seen1), key, NEVER)
         pulls = tl.where(alone & (key == seen0), key + 1, sees)
         chunk = index // 2 % CHUNKS
@@ -165,22 +186,33 @@ def attention_backward_keys(
         q_head = q_ptr + head0.to(tl.int64) * Q_HEAD
         grad_head = grad_ptr + head0.to(tl.int64) * GRAD_HEAD
         there = (row < TOKENS * PACK) & (chunk * PACK + row_head < RATIO)
-        for block in range(begin, masked_end):
-            token0 = row0 + block * TOKENS
-            first = token0.to(tl.int64)
+        token0 = row0 + begin * TOKENS
+        first = token0.to(tl.int64)
+        q_block = q_head + first * Q_TOKEN
+        grad_block = grad_head + first * GRAD_TOKEN
+        lse_block = lse_ptr + first * heads + head0
+        delta_block = delta_ptr + first * heads + head0
+        for _ in range(begin, masked_end):
             dk, dv = add_to_keys(
-                dk, dv, k, v, q_head + first * Q_TOKEN, grad_head + first * GRAD_TOKEN, lse_ptr + first * heads + head0,
-                delta_ptr + first * heads + head0, q_at, grad_at, row_at, there & (token0 + row_token < row1), dim,
-                scale_log2, sees, pulls, token0 + row_token, DIM, True, True,
+                dk, dv, k, v, q_block, grad_block, lse_block, delta_block, q_at, grad_at, row_at,
+                there & (row_token < row1 - token0), row, dim, scale_log2, sees - token0, pulls - token0, PACK, DIM, True,
+                True,
             )  # fmt: skip
-        for block in range(tl.maximum(begin, masked_end), whole_end):
-            token0 = row0 + block * TOKENS
-            first = token0.to(tl.int64)
+            token0 += TOKENS
+            q_block += TOKENS * Q_TOKEN
+            grad_block += TOKENS * GRAD_TOKEN
+            lse_block += TOKENS * heads
+            delta_block += TOKENS * heads
+        for _ in range(tl.maximum(begin, masked_end), whole_end):
             dk, dv = add_to_keys(
-                dk, dv, k, v, q_head + first * Q_TOKEN, grad_head + first * GRAD_TOKEN, lse_ptr + first * heads + head0,
-                delta_ptr + first * heads + head0, q_at, grad_at, row_at, there & (token0 + row_token < row1), dim,
-                scale_log2, sees, pulls, token0 + row_token, DIM, not WHOLE, False,
+                dk, dv, k, v, q_block, grad_block, lse_block, delta_block, q_at, grad_at, row_at,
+                there & (row_token < row1 - token0), row, dim, scale_log2, sees, pulls, PACK, DIM, not WHOLE, False,
             )  # fmt: skip
+            token0 += TOKENS
+            q_block += TOKENS * Q_TOKEN
+            grad_block += TOKENS * GRAD_TOKEN
+            lse_block += TOKENS * heads
+            delta_block += TOKENS * heads
 
     keep = (key < tokens)[:, None] & (dim < DIM)[None, :]
     at = ((key.to(tl.int64) * kv_heads + kv_head) * DIM)[:, None] + dim[None, :]
