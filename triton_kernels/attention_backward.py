@@ -100,16 +100,18 @@ def add_to_keys(
     pulls          the same for dS: of the one key that a row sees the weight is 1 whatever its score
     """
     q = load_rows(q_ptr, q_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
+    grad = load_rows(grad_ptr, grad_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
     lse = load_values(lse_ptr + row_at, there, PARTIAL)
-    weights = tl.exp2(tl.fma(tl.dot(k, tl.trans(q), input_precision="ieee"), scale_log2, -lse[None, :]))
+    delta = load_values(delta_ptr + row_at, there, PARTIAL)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    ds = tl.dot(v, tl.trans(grad), input_precision="ieee")
+    weights = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))
     if MASKED:
         weights = tl.where(from_token(sees, row, PACK), weights, 0.0)
-    grad = load_rows(grad_ptr, grad_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
-    dv = tl.dot(weights.to(q.dtype), grad, dv, input_precision="ieee")
-    delta = load_values(delta_ptr + row_at, there, PARTIAL)
-    ds = weights * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
+    ds = weights * (ds - delta[None, :])
     if MASKED:
         ds = tl.where(from_token(pulls, row, PACK), ds, 0.0)
+    dv = tl.dot(weights.to(q.dtype), grad, dv, input_precision="ieee")
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
