@@ -31,7 +31,9 @@ def keys_config(block_dim: int, dtype: torch.dtype, chip: tuple[int, int]) -> di
         return {"ROWS": 16, "KEYS": 32, "num_warps": 8, "num_stages": 1}
     if block_dim > 128:
         return {"ROWS": 32, "KEYS": 64, "num_warps": 8, "num_stages": 1}
-    if block_dim > 64:  # 64 rows would spill in the loops
+    if block_dim > 64 and chip >= (9, 0):
+        return {"ROWS": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2}
+    if block_dim > 64:
         return {"ROWS": 32, "KEYS": 128, "num_warps": 8, "num_stages": 3 if chip < (9, 0) else 2}
     return {"ROWS": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2}
 
@@ -101,13 +103,13 @@ def add_to_keys(
     """
     q = load_rows(q_ptr, q_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
     grad = load_rows(grad_ptr, grad_at, there, dim, DIM, DIM != dim.shape[0], PARTIAL)
-    lse = load_values(lse_ptr + row_at, there, PARTIAL)
-    delta = load_values(delta_ptr + row_at, there, PARTIAL)
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     ds = tl.dot(v, tl.trans(grad), input_precision="ieee")
+    lse = load_values(lse_ptr + row_at, there, PARTIAL)
     weights = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))
     if MASKED:
         weights = tl.where(from_token(sees, row, PACK), weights, 0.0)
+    delta = load_values(delta_ptr + row_at, there, PARTIAL)
     ds = weights * (ds - delta[None, :])
     if MASKED:
         ds = tl.where(from_token(pulls, row, PACK), ds, 0.0)
