@@ -25,6 +25,7 @@ from hpsafety.triton_kernels.linear_tiles import (
 
 SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
 MERGED_ROWS, MERGED_SPLITS = 32, 16
+MIN_N = tl.constexpr(64)
 FORWARD_KL = tl.constexpr("forward_kl")
 REVERSE_KL = tl.constexpr("reverse_kl")
 
@@ -55,7 +56,7 @@ def log_over_mean(distance):
     As -2 atanh(e / (4 + e)) with e = expm1(-distance), so that p and q may all but agree.
     """
     e = expm1_negative(-distance)
-    t = tl.div_rn(e, 4 + e)
+    t = e / (4 + e)
     square = t * t
     series = square * (1 / 17) + 1 / 15
     series = series * square + 1 / 13
@@ -65,6 +66,12 @@ def log_over_mean(distance):
     series = series * square + 0.2
     series = series * square + 1 / 3
     return -2 * t * (series * square + 1)
+
+
+@triton.jit
+def halves(z):
+    """The left and the right half of the columns."""
+    return z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -203,6 +210,31 @@ def load_norm(norm_ptr, n, row, mask):
     return m_q, log_q.to(tl.float32), m_p, log_p.to(tl.float32), log_p - log_q, divergence
 
 
+@triton.jit
+def mean_terms(p_terms, q_terms, z_q, z_p, words, alpha, m_q, log_q, m_p, log_p, shift, WIDTH: tl.constexpr):
+    """Adds the terms of KL(p||m) and of KL(q||m), of WIDTH words at a time; of the tile's, `words` are some."""
+    if z_q.shape[1] > WIDTH:
+        left_q, right_q = halves(z_q)
+        left_p, right_p = halves(z_p)
+        p_terms, q_terms = mean_terms(
+            p_terms, q_terms, left_q, left_p, words, alpha, m_q, log_q, m_p, log_p, shift, WIDTH
+        )
+        words -= left_q.shape[1]
+        return mean_terms(p_terms, q_terms, right_q, right_p, words, alpha, m_q, log_q, m_p, log_p, shift, WIDTH)
+    else:
+        if words > 0:
+            inside = (tl.arange(0, WIDTH) < words)[None, :]
+            d_q_m = tl.where(inside, z_q * alpha, float("-inf")) - m_q[:, None]
+            d_p_m = tl.where(inside, z_p * alpha, float("-inf")) - m_p[:, None]
+            q = tl.exp(d_q_m - log_q[:, None])
+            p = tl.exp(d_p_m - log_p[:, None])
+            x = (d_p_m - d_q_m) - shift[:, None]
+            larger = log_over_mean(tl.abs(x))
+            p_terms += tl.where(p == 0, 0.0, p * tl.where(x > 0, larger, larger + x))
+            q_terms += tl.where(q == 0, 0.0, q * tl.where(x > 0, larger - x, larger))
+        return p_terms, q_terms
+
+
 @triton.jit(do_not_specialize=["n"])
 def mean_forward(
     q_ptr, q_w_ptr, p_ptr, p_w_ptr, norm_ptr, partial_ptr, n, v, d_q, d_p, q_stride, q_w_stride, p_stride, p_w_stride,
@@ -230,14 +262,12 @@ def mean_forward(
                 p_ptr, row, row_mask, p_stride, p_w_ptr, word, inside, p_w_stride, d_p,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_P,
             )  # fmt: skip
-            d_q_m = z_q * alpha - m_q[:, None]
-            d_p_m = z_p * alpha - m_p[:, None]
-            q = tl.where(inside[None, :], tl.exp(d_q_m - log_q[:, None]), 0.0)
-            p = tl.where(inside[None, :], tl.exp(d_p_m - log_p[:, None]), 0.0)
-            x = (d_p_m - d_q_m) - shift[:, None]
-            larger = log_over_mean(tl.abs(x))
-            from_p += tl.sum(tl.where(p == 0, 0.0, p * tl.where(x > 0, larger, larger + x)), 1)
-            from_q += tl.sum(tl.where(q == 0, 0.0, q * tl.where(x > 0, larger - x, larger)), 1)
+            terms = tl.zeros([BLOCK_M, MIN_N], tl.float32)
+            p_terms, q_terms = mean_terms(
+                terms, terms, z_q, z_p, v - first, alpha, m_q, log_q, m_p, log_p, shift, MIN_N
+            )
+            from_p += tl.sum(p_terms, 1)
+            from_q += tl.sum(q_terms, 1)
     at = partial_ptr + split.to(tl.int64) * n + row
     tl.store(at, from_p, mask=row_mask)
     tl.store(at + splits.to(tl.int64) * n, from_q, mask=row_mask)
