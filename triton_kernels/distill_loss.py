@@ -25,7 +25,7 @@ from hpsafety.triton_kernels.linear_tiles import (
 
 SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
 MERGED_ROWS, MERGED_SPLITS = 32, 16
-MIN_N = tl.constexpr(64)
+MIN_N = tl.constexpr(16)
 FORWARD_KL = tl.constexpr("forward_kl")
 REVERSE_KL = tl.constexpr("reverse_kl")
 
@@ -245,8 +245,6 @@ def mean_forward(
     block, split = grouped(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP)
     place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row, row_mask = place.to(tl.int64), place < n
-    m_q, log_q, m_p, log_p, shift, _ = load_norm(norm_ptr, n, row, row_mask)
-    shift = shift.to(tl.float32)
     from_p = tl.zeros([BLOCK_M], tl.float32)
     from_q = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(0, TILES):
@@ -262,6 +260,8 @@ def mean_forward(
                 p_ptr, row, row_mask, p_stride, p_w_ptr, word, inside, p_w_stride, d_p,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_P,
             )  # fmt: skip
+            m_q, log_q, m_p, log_p, shift, _ = load_norm(norm_ptr, n, row, row_mask)
+            shift = shift.to(tl.float32)
             terms = tl.zeros([BLOCK_M, MIN_N], tl.float32)
             p_terms, q_terms = mean_terms(
                 terms, terms, z_q, z_p, v - first, alpha, m_q, log_q, m_p, log_p, shift, MIN_N
