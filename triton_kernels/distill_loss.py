@@ -25,7 +25,7 @@ from hpsafety.triton_kernels.linear_tiles import (
 
 SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
 MERGED_ROWS, MERGED_SPLITS = 32, 16
-MIN_N = tl.constexpr(16)
+PART = tl.constexpr(64)
 FORWARD_KL = tl.constexpr("forward_kl")
 REVERSE_KL = tl.constexpr("reverse_kl")
 
@@ -68,10 +68,41 @@ def log_over_mean(distance):
     return -2 * t * (series * square + 1)
 
 
+NO_LOGIT = tl.constexpr(-(2.0**127))  # below any logit, and finite
+
+
+@triton.jit
+def found_or_not(m):
+    return tl.where(m == NO_LOGIT, float("-inf"), m)
+
+
 @triton.jit
 def halves(z):
     """The left and the right half of the columns."""
     return z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def pair_terms(s_a, s_b, u, z_a, z_b, words, m_a, m_b, EXACT: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds the terms of both sums, of u and of what it lost, of WIDTH words at a time; the tile has `words`."""
+    if z_a.shape[1] > WIDTH:
+        left_a, right_a = halves(z_a)
+        left_b, right_b = halves(z_b)
+        s_a, s_b, u = pair_terms(s_a, s_b, u, left_a, left_b, words, m_a, m_b, EXACT, WIDTH)
+        words -= left_a.shape[1]
+        return pair_terms(s_a, s_b, u, right_a, right_b, words, m_a, m_b, EXACT, WIDTH)
+    else:
+        if words > 0:
+            d_a = z_a - m_a[:, None]
+            d_b = z_b - m_b[:, None]
+            e = tl.exp(d_a)
+            s_a += tl.sum(e, 1)
+            s_b += tl.sum(tl.exp(d_b), 1)
+            u += tl.sum(tl.where(e == 0, 0.0, e * (d_a - d_b)), 1).to(tl.float64)
+            if EXACT:
+                digits = lost_digits(z_a, m_a[:, None], d_a) - lost_digits(z_b, m_b[:, None], d_b)
+                u += tl.sum(tl.where(e == 0, 0.0, e * digits), 1).to(tl.float64)
+        return s_a, s_b, u
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -88,13 +119,11 @@ def pair_forward(
     block, split = grouped(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP)
     place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row, row_mask = place.to(tl.int64), place < n
-    m_a = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    m_b = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m_a = tl.full([BLOCK_M], NO_LOGIT, tl.float32)
+    m_b = tl.full([BLOCK_M], NO_LOGIT, tl.float32)
     s_a = tl.zeros([BLOCK_M], tl.float32)
     s_b = tl.zeros([BLOCK_M], tl.float32)
     u = tl.zeros([BLOCK_M], tl.float64)
-    old_a = tl.zeros([BLOCK_M], tl.float32)  # what the exponents were taken against: m, or 0 while it is -inf
-    old_b = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(0, TILES):
         first = (split * TILES + tile) * BLOCK_N
         if first < v:
@@ -108,30 +137,23 @@ def pair_forward(
                 b_ptr, row, row_mask, b_stride, b_w_ptr, word, inside, b_w_stride, d_b,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_B,
             )  # fmt: skip
-            z_a = tl.where(inside[None, :], z_a * alpha, float("-inf"))
-            z_b = tl.where(inside[None, :], z_b * alpha, float("-inf"))
+            inside = (tl.arange(0, BLOCK_N) < v - first)[None, :]
+            z_a = tl.where(inside, z_a * alpha, float("-inf"))
+            z_b = tl.where(inside, z_b * alpha, float("-inf"))
             top_a = tl.maximum(m_a, tl.max(z_a, 1))
             top_b = tl.maximum(m_b, tl.max(z_b, 1))
-            new_a = finite_reference(top_a)
-            new_b = finite_reference(top_b)
-            scale = tl.exp(m_a - new_a)
-            d_za = z_a - new_a[:, None]
-            d_zb = z_b - new_b[:, None]
-            e = tl.exp(d_za)
-            shift = (old_a - new_a).to(tl.float64) - (old_b - new_b).to(tl.float64)
+            scale = tl.exp(m_a - top_a)
+            shift = (m_a - top_a).to(tl.float64) - (m_b - top_b).to(tl.float64)
             u = scale.to(tl.float64) * (u + shift * s_a.to(tl.float64))
-            u += tl.sum(tl.where(e == 0, 0.0, e * (d_za - d_zb)), 1).to(tl.float64)
-            if EXACT:
-                lost = lost_digits(z_a, new_a[:, None], d_za) - lost_digits(z_b, new_b[:, None], d_zb)
-                u += tl.sum(tl.where(e == 0, 0.0, e * lost), 1).to(tl.float64)
-            s_a = scale * s_a + tl.sum(e, 1)
-            s_b = tl.exp(m_b - new_b) * s_b + tl.sum(tl.exp(d_zb), 1)
-            m_a, m_b, old_a, old_b = top_a, top_b, new_a, new_b
+            s_a *= scale
+            s_b *= tl.exp(m_b - top_b)
+            m_a, m_b = top_a, top_b
+            s_a, s_b, u = pair_terms(s_a, s_b, u, z_a, z_b, v - first, m_a, m_b, EXACT, PART)
     size = splits.to(tl.int64) * n
     at = partial_ptr + split.to(tl.int64) * n + row
-    tl.store(at, m_a, mask=row_mask)
+    tl.store(at, found_or_not(m_a), mask=row_mask)
     tl.store(at + size, s_a, mask=row_mask)
-    tl.store(at + 2 * size, m_b, mask=row_mask)
+    tl.store(at + 2 * size, found_or_not(m_b), mask=row_mask)
     tl.store(at + 3 * size, s_b, mask=row_mask)
     upper = u.to(tl.float32)
     tl.store(at + 4 * size, upper, mask=row_mask)
@@ -262,9 +284,9 @@ def mean_forward(
             )  # fmt: skip
             m_q, log_q, m_p, log_p, shift, _ = load_norm(norm_ptr, n, row, row_mask)
             shift = shift.to(tl.float32)
-            terms = tl.zeros([BLOCK_M, MIN_N], tl.float32)
+            terms = tl.zeros([BLOCK_M, PART], tl.float32)
             p_terms, q_terms = mean_terms(
-                terms, terms, z_q, z_p, v - first, alpha, m_q, log_q, m_p, log_p, shift, MIN_N
+                terms, terms, z_q, z_p, v - first, alpha, m_q, log_q, m_p, log_p, shift, PART
             )
             from_p += tl.sum(p_terms, 1)
             from_q += tl.sum(q_terms, 1)
