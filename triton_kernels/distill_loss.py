@@ -12,6 +12,8 @@ import triton.language as tl
 from hpsafety.triton_kernels.launch import launch
 from hpsafety.triton_kernels.linear_tiles import (
     GROUP,
+    PART,
+    add_by_parts,
     finite_reference,
     gathered,
     grouped,
@@ -25,7 +27,6 @@ from hpsafety.triton_kernels.linear_tiles import (
 
 SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
 MERGED_ROWS, MERGED_SPLITS = 32, 16
-PART = tl.constexpr(64)
 FORWARD_KL = tl.constexpr("forward_kl")
 REVERSE_KL = tl.constexpr("reverse_kl")
 
@@ -68,41 +69,20 @@ def log_over_mean(distance):
     return -2 * t * (series * square + 1)
 
 
-NO_LOGIT = tl.constexpr(-(2.0**127))  # below any logit, and finite
-
-
 @triton.jit
-def found_or_not(m):
-    return tl.where(m == NO_LOGIT, float("-inf"), m)
-
-
-@triton.jit
-def halves(z):
-    """The left and the right half of the columns."""
-    return z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def pair_terms(s_a, s_b, u, z_a, z_b, words, m_a, m_b, EXACT: tl.constexpr, WIDTH: tl.constexpr):
-    """Adds the terms of both sums, of u and of what it lost, of WIDTH words at a time; the tile has `words`."""
-    if z_a.shape[1] > WIDTH:
-        left_a, right_a = halves(z_a)
-        left_b, right_b = halves(z_b)
-        s_a, s_b, u = pair_terms(s_a, s_b, u, left_a, left_b, words, m_a, m_b, EXACT, WIDTH)
-        words -= left_a.shape[1]
-        return pair_terms(s_a, s_b, u, right_a, right_b, words, m_a, m_b, EXACT, WIDTH)
-    else:
-        if words > 0:
-            d_a = z_a - m_a[:, None]
-            d_b = z_b - m_b[:, None]
-            e = tl.exp(d_a)
-            s_a += tl.sum(e, 1)
-            s_b += tl.sum(tl.exp(d_b), 1)
-            u += tl.sum(tl.where(e == 0, 0.0, e * (d_a - d_b)), 1).to(tl.float64)
-            if EXACT:
-                digits = lost_digits(z_a, m_a[:, None], d_a) - lost_digits(z_b, m_b[:, None], d_b)
-                u += tl.sum(tl.where(e == 0, 0.0, e * digits), 1).to(tl.float64)
-        return s_a, s_b, u
+def add_pair_terms(sums, z_a, z_b, words, rows):
+    s_a, s_b, u = sums
+    m_a, m_b, EXACT = rows
+    d_a = z_a - m_a[:, None]
+    d_b = z_b - m_b[:, None]
+    e = tl.exp(d_a)
+    s_a += tl.sum(e, 1)
+    s_b += tl.sum(tl.exp(d_b), 1)
+    u += tl.sum(tl.where(e == 0, 0.0, e * (d_a - d_b)), 1).to(tl.float64)
+    if EXACT:
+        lost = lost_digits(z_a, m_a[:, None], d_a) - lost_digits(z_b, m_b[:, None], d_b)
+        u += tl.sum(tl.where(e == 0, 0.0, e * lost), 1).to(tl.float64)
+    return s_a, s_b, u
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -119,12 +99,12 @@ def pair_forward(
     block, split = grouped(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP)
     place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row, row_mask = place.to(tl.int64), place < n
-    m_a = tl.full([BLOCK_M], NO_LOGIT, tl.float32)
-    m_b = tl.full([BLOCK_M], NO_LOGIT, tl.float32)
+    m_a = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m_b = tl.full([BLOCK_M], float("-inf"), tl.float32)
     s_a = tl.zeros([BLOCK_M], tl.float32)
     s_b = tl.zeros([BLOCK_M], tl.float32)
     u = tl.zeros([BLOCK_M], tl.float64)
-    for tile in range(0, TILES):
+    for tile in tl.range(0, TILES, disable_licm=True):
         first = (split * TILES + tile) * BLOCK_N
         if first < v:
             word = first + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -142,18 +122,22 @@ def pair_forward(
             z_b = tl.where(inside, z_b * alpha, float("-inf"))
             top_a = tl.maximum(m_a, tl.max(z_a, 1))
             top_b = tl.maximum(m_b, tl.max(z_b, 1))
-            scale = tl.exp(m_a - top_a)
-            shift = (m_a - top_a).to(tl.float64) - (m_b - top_b).to(tl.float64)
+            old_a, old_b = finite_reference(m_a), finite_reference(m_b)
+            new_a, new_b = finite_reference(top_a), finite_reference(top_b)
+            scale = tl.exp(m_a - new_a)
+            shift = (old_a - new_a).to(tl.float64) - (old_b - new_b).to(tl.float64)
             u = scale.to(tl.float64) * (u + shift * s_a.to(tl.float64))
-            s_a *= scale
-            s_b *= tl.exp(m_b - top_b)
+            s_a = scale * s_a
+            s_b = tl.exp(m_b - new_b) * s_b
             m_a, m_b = top_a, top_b
-            s_a, s_b, u = pair_terms(s_a, s_b, u, z_a, z_b, v - first, m_a, m_b, EXACT, PART)
+            s_a, s_b, u = add_by_parts(
+                add_pair_terms, (s_a, s_b, u), z_a, z_b, v - first, (new_a, new_b, EXACT)
+            )
     size = splits.to(tl.int64) * n
     at = partial_ptr + split.to(tl.int64) * n + row
-    tl.store(at, found_or_not(m_a), mask=row_mask)
+    tl.store(at, m_a, mask=row_mask)
     tl.store(at + size, s_a, mask=row_mask)
-    tl.store(at + 2 * size, found_or_not(m_b), mask=row_mask)
+    tl.store(at + 2 * size, m_b, mask=row_mask)
     tl.store(at + 3 * size, s_b, mask=row_mask)
     upper = u.to(tl.float32)
     tl.store(at + 4 * size, upper, mask=row_mask)
@@ -233,28 +217,19 @@ def load_norm(norm_ptr, n, row, mask):
 
 
 @triton.jit
-def mean_terms(p_terms, q_terms, z_q, z_p, words, alpha, m_q, log_q, m_p, log_p, shift, WIDTH: tl.constexpr):
-    """Adds the terms of KL(p||m) and of KL(q||m), of WIDTH words at a time; of the tile's, `words` are some."""
-    if z_q.shape[1] > WIDTH:
-        left_q, right_q = halves(z_q)
-        left_p, right_p = halves(z_p)
-        p_terms, q_terms = mean_terms(
-            p_terms, q_terms, left_q, left_p, words, alpha, m_q, log_q, m_p, log_p, shift, WIDTH
-        )
-        words -= left_q.shape[1]
-        return mean_terms(p_terms, q_terms, right_q, right_p, words, alpha, m_q, log_q, m_p, log_p, shift, WIDTH)
-    else:
-        if words > 0:
-            inside = (tl.arange(0, WIDTH) < words)[None, :]
-            d_q_m = tl.where(inside, z_q * alpha, float("-inf")) - m_q[:, None]
-            d_p_m = tl.where(inside, z_p * alpha, float("-inf")) - m_p[:, None]
-            q = tl.exp(d_q_m - log_q[:, None])
-            p = tl.exp(d_p_m - log_p[:, None])
-            x = (d_p_m - d_q_m) - shift[:, None]
-            larger = log_over_mean(tl.abs(x))
-            p_terms += tl.where(p == 0, 0.0, p * tl.where(x > 0, larger, larger + x))
-            q_terms += tl.where(q == 0, 0.0, q * tl.where(x > 0, larger - x, larger))
-        return p_terms, q_terms
+def add_mean_terms(sums, z_q, z_p, words, rows):
+    from_p, from_q = sums
+    alpha, m_q, log_q, m_p, log_p, shift = rows
+    inside = (tl.arange(0, z_q.shape[1]) < words)[None, :]
+    d_q = tl.where(inside, z_q * alpha, float("-inf")) - m_q[:, None]
+    d_p = tl.where(inside, z_p * alpha, float("-inf")) - m_p[:, None]
+    q = tl.exp(d_q - log_q[:, None])
+    p = tl.exp(d_p - log_p[:, None])
+    x = (d_p - d_q) - shift[:, None]
+    larger = log_over_mean(tl.abs(x))
+    from_p += tl.where(p == 0, 0.0, p * tl.where(x > 0, larger, larger + x))
+    from_q += tl.where(q == 0, 0.0, q * tl.where(x > 0, larger - x, larger))
+    return from_p, from_q
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -269,7 +244,7 @@ def mean_forward(
     row, row_mask = place.to(tl.int64), place < n
     from_p = tl.zeros([BLOCK_M], tl.float32)
     from_q = tl.zeros([BLOCK_M], tl.float32)
-    for tile in range(0, TILES):
+    for tile in tl.range(0, TILES, disable_licm=True):
         first = (split * TILES + tile) * BLOCK_N
         if first < v:
             word = first + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -285,8 +260,8 @@ def mean_forward(
             m_q, log_q, m_p, log_p, shift, _ = load_norm(norm_ptr, n, row, row_mask)
             shift = shift.to(tl.float32)
             terms = tl.zeros([BLOCK_M, PART], tl.float32)
-            p_terms, q_terms = mean_terms(
-                terms, terms, z_q, z_p, v - first, alpha, m_q, log_q, m_p, log_p, shift, PART
+            p_terms, q_terms = add_by_parts(
+                add_mean_terms, (terms, terms), z_q, z_p, v - first, (alpha, m_q, log_q, m_p, log_p, shift)
             )
             from_p += tl.sum(p_terms, 1)
             from_q += tl.sum(q_terms, 1)
