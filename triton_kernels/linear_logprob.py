@@ -30,6 +30,7 @@ MERGED_ROWS, MERGED_SPLITS = 32, 32
 
 @triton.jit
 def add_terms(sums, z, _, words, rows):
+    """Of s and u."""
     s, u = sums
     reference, ENTROPY = rows
     below = z - reference[:, None]

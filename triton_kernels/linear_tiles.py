@@ -15,7 +15,7 @@ DZ_BYTES = 64 << 20  # of dz in linear_backward, whatever N and V are
 ROWS_OF_DZ = 4096
 GROUP = 16  # row blocks that walk the words together
 KEPT_BLOCK = 4096
-PART = tl.constexpr(32)
+PART = tl.constexpr(32)  # columns of a tile whose terms a forward adds up at once
 WORDS_PER_SPLIT = 1024  # of the forward
 GATHERED = {"ROWS": 4, "BLOCK": 1024}
 
@@ -90,16 +90,17 @@ def tile_logits(
 
 @triton.jit
 def halves(z):
-    """The left and the right half of the columns: registers of the same thread, as long as they are PART or more."""
+    """Left and right half of a tile's columns: each thread's own registers where a half is PART or wider."""
     return z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def add_by_parts(add: tl.constexpr, sums, a, b, words, rows):
-    """add(sums, a, b, words, rows) for PART columns of the tiles a and b at a time, as long as there are words.
+    """sums (a tuple) after add(sums, a, b, words, rows) for each PART columns of the tiles a and b that hold words.
 
-    A branch around each part keeps the compiler from working on all of them at once, for which registers do not do.
-    words: of the tile, from its first column on. sums, rows: tuples.
+    Registers do not do for the terms of whole tiles at once. That is what a compiler makes of them without the branch
+    around each part, and without disable_licm, which keeps the addresses of the next product out of the loop's way.
+    words: from the first column on; negative where none is left. rows: a tuple of what `add` needs of the rows.
     """
     if a.shape[1] > PART:
         left_a, right_a = halves(a)
