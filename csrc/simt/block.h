@@ -140,6 +140,7 @@ inline void begin_launch(dim3 g, dim3 b, size_t bytes) {
 inline std::vector<unsigned> block_order() {
   std::vector<unsigned> order(grid.x * grid.y * grid.z);
   for (unsigned i = 0; i < order.size(); i++) order[i] = i;
+  if (getenv("SIMT_LAST")) order = {order.back()};
   if (shuffled) std::shuffle(order.begin(), order.end(), random_order);
   return order;
 }
