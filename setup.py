@@ -28,7 +28,7 @@ X86 = {
 }
 CUDA = ROOT / "csrc" / "cuda"
 CUDA_ARCHS = ("80", "90a")
-CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
 
 
 def nvcc() -> str | None:
@@ -78,7 +78,21 @@ def build_cuda(out: Path, folder: Path, jobs: int) -> bool:
         return True
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_suffix(f".{os.getpid()}")
-    subprocess.run([program, "-shared", "-cudart", "static", *archs, *objects, "-o", str(fresh)], check=True)
+    subprocess.run(
+        [
+            program,
+            "-shared",
+            "-cudart",
+            "static",
+            "-Xlinker",
+            "--exclude-libs=ALL",
+            *archs,
+            *objects,
+            "-o",
+            str(fresh),
+        ],
+        check=True,
+    )
     fresh.replace(out)
     record.write_text("\n".join(objects))
     return True

@@ -39,8 +39,12 @@ def compiler() -> str | None:
     return shutil.which(named) if named else shutil.which("g++")
 
 
-def texts(folder: Path = CUDA) -> dict[str, str]:
-    """Everything the kernels are made of: path below csrc -> text."""
+def texts(folder: Path | None = None) -> dict[str, str]:
+    """Everything the kernels are made of: path below csrc -> text.
+
+    HPSAFETY_CUDA_SOURCES names another csrc/cuda, a mutant's.
+    """
+    folder = folder or Path(os.environ.get("HPSAFETY_CUDA_SOURCES") or CUDA)
     files = [*folder.glob("*.cu"), *folder.glob("*.cuh")]
     found = {f"cuda/{path.name}": path.read_text(encoding="utf-8") for path in files}
     return found | {f"simt/{path.name}": path.read_text(encoding="utf-8") for path in SIMT.glob("*.h")}

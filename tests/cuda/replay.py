@@ -8,10 +8,8 @@ blocks; and always every written tensor is watched for bytes that two blocks wri
 
 import contextlib
 import dataclasses
-import os
 import re
 import struct
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hpsafety.cuda_kernels import library
-from tests.cuda import emulation
+from tests.cuda import emulation, programs
 
 C_NAMES = {"p": "void*", "i": "int", "l": "long", "f": "float", "d": "double"}
 PROGRAM = """
@@ -173,17 +171,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         program, data = Path(folder) / "replay", Path(folder) / "data"
         data.write_bytes(content)
-        flags = [f for f in emulation.MODES[mode] if f.startswith("-fsanitize") or f == "-pthread"]
-        subprocess.run([emulation.compiler(), *flags, *map(str, objects), "-o", str(program)], check=True)
-        env = os.environ | {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
-        env.pop("SIMT_SEED", None)
-        if seed is not None:
-            env["SIMT_SEED"] = str(seed)
-        # gcc's ThreadSanitizer does not start where addresses are drawn from too wide a range.
-        command = ["setarch", os.uname().machine, "-R"] if mode == "tsan" else []
-        done = subprocess.run(
-            [*command, str(program), str(data)], env=env, capture_output=True, text=True, timeout=seconds
-        )
+        programs.link(objects, mode, program)
+        done = programs.execute(program, mode, str(data), seed=seed, seconds=seconds)
     assert done.returncode == 0, (
         f"{one.call.name} under {mode}: exit {done.returncode}\n{done.stderr[-3000:]}"
     )

@@ -1,4 +1,5 @@
-"""Builds one mutant: a copy of triton_kernels, or the library of an op's C++ sources with setup.py's own flags.
+"""Builds one mutant: a copy of triton_kernels; the emulated library of csrc/cuda; or the library of an op's C++ sources
+with setup.py's own flags.
 
 Objects are kept under a hash of everything that goes into them, so that only what a mutation touches is compiled, and
 nothing is on a second run. A mutated header compiles every source of the op that includes it.
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from tests.mutations.mutants import ROOT, TRITON, Mutant, texts_of
+from tests.cuda import emulation
+from tests.mutations.mutants import CUDA, ROOT, TRITON, Mutant, texts_of
 
 BUILD = ROOT / "build" / "mutations"
 _SYSTEM_INCLUDE = re.compile(r"^#include <.*>", re.MULTILINE)
@@ -41,6 +43,21 @@ def triton_copy(mutant: Mutant) -> Path:
     shutil.copytree(TRITON, path, ignore=shutil.ignore_patterns("__pycache__"))
     for name, text in changed.items():
         (path / name).write_text(text, encoding="utf-8")
+    return path
+
+
+def cuda_copy(mutant: Mutant) -> Path:
+    """A folder with all files of csrc/cuda, the mutant's changed, and its emulated library; ValueError when stale."""
+    changed = mutant.apply()
+    path = BUILD / "cuda" / mutant.id.replace("/", ".")
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(CUDA, path)
+    for name, text in changed.items():
+        (path / name).write_text(text, encoding="utf-8")
+    try:
+        shutil.copy(emulation.make_library(emulation.texts(path), jobs=1), path / "emulated.so")
+    except RuntimeError as error:
+        raise DoesNotCompile(str(error)) from error
     return path
 
 

@@ -1,8 +1,8 @@
-"""The list of mutants, each one small bug: one TOML file per op beside this module for csrc/cpu, and per file of
-triton_kernels in triton/.
+"""The list of mutants, each one small bug: one TOML file per op beside this module for csrc/cpu, in triton/ for
+triton_kernels, in cuda/ for csrc/cuda.
 
 op = "rope"
-sources = ["rope.cpp"]               # csrc/cpu: enough kernels to run the tests below; triton_kernels: those mutated
+sources = ["rope.cpp"]               # csrc/cpu: enough kernels to run the tests below; elsewhere: those mutated
 tests = ["tests/ops/test_rope.py"]   # must fail on every mutant, and pass without one
 
 [[mutants]]
@@ -21,19 +21,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = ROOT / "csrc" / "cpu"
 TRITON = ROOT / "triton_kernels"
+CUDA = ROOT / "csrc" / "cuda"
 FOLDER = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
 def texts_of(*sources: str) -> dict[str, str]:
-    """Sources of csrc/cpu and all headers of the project that they include, or of triton_kernels: name -> text."""
+    """Sources of csrc/cpu or csrc/cuda with the headers there that they include, or of triton_kernels: name -> text."""
     if sources and sources[0].endswith(".py"):
         return {name: (TRITON / name).read_text(encoding="utf-8") for name in sources}
+    folder = CUDA if sources and sources[0].endswith((".cu", ".cuh")) else KERNELS
     texts, waiting = {}, list(sources)
     while waiting:
         name = waiting.pop()
-        if name not in texts:
-            texts[name] = (KERNELS / name).read_text(encoding="utf-8")
+        if name not in texts and not name.startswith("../"):
+            texts[name] = (folder / name).read_text(encoding="utf-8")
             waiting += _INCLUDE.findall(texts[name])
     return texts
 
@@ -52,6 +54,10 @@ class Mutant:
     @property
     def is_triton(self) -> bool:
         return self.sources[0].endswith(".py")
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.sources[0].endswith((".cu", ".cuh"))
 
     @property
     def id(self) -> str:
@@ -81,7 +87,7 @@ def control(mutant: Mutant) -> Mutant:
 def load(folder: Path = FOLDER) -> list[Mutant]:
     """All mutants, op by op; ValueError for a file that is not in the form above."""
     mutants = []
-    for path in [*sorted(folder.glob("*.toml")), *sorted(folder.glob("triton/*.toml"))]:
+    for path in [*sorted(folder.glob("*.toml")), *sorted(folder.glob("*/*.toml"))]:
         suite = tomllib.loads(path.read_text(encoding="utf-8"))
         try:
             shared = {"op": suite["op"], "sources": tuple(suite["sources"]), "tests": tuple(suite["tests"])}

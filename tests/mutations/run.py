@@ -1,9 +1,9 @@
 """Plants one bug at a time in the kernels and demands that the op's tests notice: make test-mutations.
 
-Every mutant (the TOML files beside this module) becomes a library, or a copy of triton_kernels, of its own; its op's
-test file runs on it and must fail. A control run of each op, built the same way from the unchanged sources, must pass,
-or a failure would prove nothing. A mutant that no test kills, and one whose text the sources no longer hold, is an
-error.
+Every mutant (the TOML files beside this module) becomes a library, or a copy of the kernels' folder, of its own; its
+op's test file runs on it and must fail. A control run of each op, built the same way from the unchanged sources, must
+pass, or a failure would prove nothing. A mutant that no test kills, and one whose text the sources no longer hold, is
+an error.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.mutations.build import Builder, DoesNotCompile, triton_copy
+from tests.mutations.build import Builder, DoesNotCompile, cuda_copy, triton_copy
 from tests.mutations.mutants import FOLDER, ROOT, Mutant, control, load
 
 RESULTS = ROOT / "build" / "mutations.json"
@@ -71,7 +71,8 @@ def run_one(builder: Builder | None, mutant: Mutant) -> dict:
     row |= {"status": "equivalent", "test": "", "by": mutant.equivalent}
     if not mutant.equivalent:
         try:
-            row |= run_tests(mutant, triton_copy(mutant) if mutant.is_triton else builder.library(mutant))
+            copy = triton_copy if mutant.is_triton else cuda_copy if mutant.is_cuda else builder.library
+            row |= run_tests(mutant, copy(mutant))
         except ValueError as error:
             row |= {"status": "stale", "by": str(error)}
         except DoesNotCompile as error:
@@ -83,7 +84,7 @@ def run_one(builder: Builder | None, mutant: Mutant) -> dict:
 
 def run_all(mutants: list[Mutant], jobs: int) -> list[dict]:
     """Controls first; `jobs` mutants at a time, so that one compiles while another is tested."""
-    builder = Builder() if any(not m.is_triton for m in mutants) else None
+    builder = Builder() if any(not m.is_triton and not m.is_cuda for m in mutants) else None
     controls = {m.op: control(m) for m in mutants if not m.equivalent}
     rows = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-from tests.mutations.mutants import FOLDER, KERNELS, ROOT, TRITON, control, load
+from tests.mutations.mutants import CUDA, FOLDER, KERNELS, ROOT, TRITON, control, load
 from tests.mutations.run import GOOD, choose, judge, write_table
 
 MUTANTS = load()
@@ -15,7 +15,8 @@ MUTANTS = load()
 def test_a_mutant_fits_the_sources(mutant):
     """Its text occurs exactly once and changes; a source that has moved on makes it stale."""
     ((name, text),) = mutant.apply().items()
-    assert text != ((TRITON if mutant.is_triton else KERNELS) / name).read_text(encoding="utf-8")
+    folder = TRITON if mutant.is_triton else CUDA if mutant.is_cuda else KERNELS
+    assert text != (folder / name).read_text(encoding="utf-8")
     assert all((ROOT / name).exists() for name in mutant.tests)
 
 
