@@ -118,5 +118,6 @@ extern "C" int hps_gae(
   if (responses <= 0 || responses > INT32_MAX) return BAD_ARGUMENT;
   auto of = bf16_rewards ? bf16_values ? launch<__nv_bfloat16, __nv_bfloat16> : launch<__nv_bfloat16, float>
                          : bf16_values ? launch<float, __nv_bfloat16> : launch<float, float>;
-  return of(rewards, values, offsets, wide, static_cast<unsigned>(responses), gamma, decay, advantages, returns, stream);
+  unsigned blocks = static_cast<unsigned>(responses);
+  return of(rewards, values, offsets, wide, blocks, gamma, decay, advantages, returns, stream);
 }

@@ -246,8 +246,9 @@ extern "C" int hps_ppo_loss(
   int64_t blocks = (n + BLOCK - 1) / BLOCK;
   if (n < 0 || blocks > INT32_MAX) return BAD_ARGUMENT;
   auto row = [&](const void* at, int i) { return Row{at, bf16 >> i & 1, aligned(at, 16)}; };
+  auto* active = static_cast<const unsigned char*>(mask);
   Tokens tokens = {row(logprobs, 0),   row(old_logprobs, 1), row(advantages, 2), row(values, 3),
-                   row(old_values, 4), row(returns, 5),      row(entropy, 6),    static_cast<const unsigned char*>(mask),
+                   row(old_values, 4), row(returns, 5),      row(entropy, 6),    active,
                    aligned(mask, 8)};
   Settings settings = {clip_ratio,
                        low,
@@ -262,8 +263,8 @@ extern "C" int hps_ppo_loss(
   if (blocks) {
     int grad_words = aligned(grads, 16) && n % 4 == 0;
     int raised = SIMT_LAUNCH((ppo_tokens), dim3(static_cast<unsigned>(blocks)), dim3(THREADS),
-                             THREADS / 32 * PARTIALS * sizeof(double), stream, tokens, settings, slopes, grad_words, sums,
-                             n);
+                             THREADS / 32 * PARTIALS * sizeof(double), stream, tokens, settings, slopes, grad_words,
+                             sums, n);
     if (raised) return raised;
   }
   return SIMT_LAUNCH((ppo_sums), dim3(1), dim3(SUM_THREADS), (SUM_THREADS / 32 + 1) * PARTIALS * sizeof(double), stream,

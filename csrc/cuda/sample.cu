@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(THREADS)
     uint32_t likely = 0;
 #pragma unroll
     for (int i = 0; i < WORDS; i += 4) {
-      Random four = philox(keys.seeds[row], keys.positions[row], static_cast<uint32_t>((first - lane) / 4 + i * 8 + lane));
+      uint32_t block = static_cast<uint32_t>((first - lane) / 4 + i * 8 + lane);
+      Random four = philox(keys.seeds[row], keys.positions[row], block);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         random[i + j] = four.word[j];
@@ -143,17 +144,18 @@ struct Work {
 };
 
 template <bool BF16>
-int launch(Logits<BF16> logits, Keys keys, int64_t rows, int greedy, int64_t top_k, int64_t top_p, Work w, void* stream) {
+int launch(Logits<BF16> logits, Keys keys, int64_t rows, int greedy, int64_t top_k, int64_t top_p, Work w,
+           void* stream) {
   dim3 chunks(static_cast<unsigned>(rows * logits.chunks)), each(static_cast<unsigned>(rows));
   constexpr int WARPS = THREADS / 32;
-  int raised = SIMT_LAUNCH((chunk_maxima<BF16>), chunks, dim3(THREADS), WARPS * sizeof(float), stream, logits, w.maxima);
-  const float* maxima = w.maxima;
+  float* maxima = w.maxima;
+  int raised = SIMT_LAUNCH((chunk_maxima<BF16>), chunks, dim3(THREADS), WARPS * sizeof(float), stream, logits, maxima);
   int bounded = 0;
   for (int masses = 0; masses < 2 && !greedy; masses++) {
     if (raised || (masses ? top_p >= int64_t{1} << 31 : top_k <= 0 || top_k >= logits.words)) continue;
     Border border = {w.places, w.weights, masses ? top_p : top_k, masses, bounded};
-    raised = SIMT_LAUNCH((slice_weights<BF16>), chunks, dim3(THREADS), SLICES * THREADS * sizeof(int64_t), stream, logits,
-                         maxima, border);
+    raised = SIMT_LAUNCH((slice_weights<BF16>), chunks, dim3(THREADS), SLICES * THREADS * sizeof(int64_t), stream,
+                         logits, maxima, border);
     if (raised) return raised;
     raised = SIMT_LAUNCH((find_border<BF16>), each, dim3(BORDER_THREADS), sizeof(Room), stream, logits, maxima, border);
     bounded = 1;
@@ -161,8 +163,8 @@ int launch(Logits<BF16> logits, Keys keys, int64_t rows, int greedy, int64_t top
   if (raised) return raised;
   const int64_t* places = bounded ? w.places : nullptr;
   Drawn drawn = w.drawn;
-  raised = SIMT_LAUNCH((draw<BF16>), chunks, dim3(THREADS), WARPS * sizeof(int64_t), stream, logits, maxima, places, keys,
-                       greedy, drawn);
+  raised = SIMT_LAUNCH((draw<BF16>), chunks, dim3(THREADS), WARPS * sizeof(int64_t), stream, logits, maxima, places,
+                       keys, greedy, drawn);
   if (raised) return raised;
   int64_t* tokens = w.tokens;
   float* logprobs = w.logprobs;

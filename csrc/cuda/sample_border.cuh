@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(BORDER_THREADS)
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   int64_t sum = 0;
-  for (int chunk = lane; chunk < logits.chunks; chunk += 32) sum += weights[static_cast<int64_t>(chunk) * SLICES + warp];
+  for (int64_t chunk = lane; chunk < logits.chunks; chunk += 32) sum += weights[chunk * SLICES + warp];
   sum = reduce_warp(sum, Add());
   if (lane == 0) room->sums[warp] = sum;
   __syncthreads();
@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(BORDER_THREADS)
   auto for_candidates = [&](auto use) {
     for (int chunk = 0; chunk < logits.chunks; chunk++) {
       if (weights[static_cast<int64_t>(chunk) * SLICES + found] == 0) continue;
-      for (int word = chunk * CHUNK + threadIdx.x; word < (chunk + 1) * CHUNK && word < logits.words; word += BORDER_THREADS) {
+      int end = (chunk + 1) * CHUNK < logits.words ? (chunk + 1) * CHUNK : logits.words;
+      for (int word = chunk * CHUNK + threadIdx.x; word < end; word += BORDER_THREADS) {
         float x = logits.word(row, word), y = bits_below(x, top, logits.scale);
         int64_t place = place_of(x, word);
         if (slice_of(y) == found && place >= least && place >= low && place <= high) use(place, y);
@@ -118,7 +119,8 @@ __global__ void __launch_bounds__(BORDER_THREADS)
   }
   while (low < high) {
     int64_t middle = high - ((high - low) >> 1), weight = 0;
-    for (int i = threadIdx.x; i < count; i += BORDER_THREADS) weight += room->places[i] >= middle ? room->weights[i] : 0;
+    for (int i = threadIdx.x; i < count; i += BORDER_THREADS)
+      weight += room->places[i] >= middle ? room->weights[i] : 0;
     weight = reduce_block<BORDER_THREADS>(weight, Add(), room->words);
     if (weight >= left)
       low = middle;

@@ -57,7 +57,9 @@ struct Logits {
 };
 
 // Distance to the row's maximum in bits.
-__device__ __forceinline__ float bits_below(float x, float top, float scale) { return multiply(subtract(x, top), scale); }
+__device__ __forceinline__ float bits_below(float x, float top, float scale) {
+  return multiply(subtract(x, top), scale);
+}
 
 struct Larger {
   template <class V>
@@ -74,7 +76,7 @@ struct LargerOrNaN {
 // has no softmax, and only `finish` has something to say about it.
 __device__ __forceinline__ float row_top(const float* maxima, int64_t row, int chunks) {
   float top = -INFINITY;
-  for (int chunk = threadIdx.x % 32; chunk < chunks; chunk += 32) top = LargerOrNaN()(top, maxima[row * chunks + chunk]);
+  for (int i = threadIdx.x % 32; i < chunks; i += 32) top = LargerOrNaN()(top, maxima[row * chunks + i]);
   return reduce_warp(top, LargerOrNaN());
 }
 

@@ -7,7 +7,8 @@ from hpsafety.cuda_kernels.library import launch
 BLOCK = 1024  # tokens of a block
 PARTIALS = 7  # sums of a block
 SIGNATURE = "ppppppp i p l ffff dd i p d pppp"
-COUNTS = {torch.float64: 2, torch.float32: 3, torch.int64: 4}  # num_tokens_tensor's types; 0: none, 1: a number
+# Of num_tokens_tensor's types; 0 is for none, 1 for a number.
+COUNTS = {torch.float64: 2, torch.float32: 3, torch.int64: 4}
 
 
 def ppo_loss(

@@ -53,7 +53,9 @@ def test_lone_reward():
 @pytest.mark.parametrize("seed", range(60))
 def test_drawn_batches(seed):
     g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, (4, 60, 1500)[seed % 3], (int(torch.randint(1, 9, (), generator=g)),), generator=g)
+    lengths = torch.randint(
+        1, (4, 60, 1500)[seed % 3], (int(torch.randint(1, 9, (), generator=g)),), generator=g
+    )
     args = make_inputs(lengths.tolist(), torch.bfloat16 if seed % 4 == 0 else torch.float32, seed)
     check_sequential(args, *torch.rand(2, generator=g).tolist())
 
