@@ -8,7 +8,7 @@
 //   draw            masses of the chunk, and its allowed word with the largest y + noise
 //   finish          a warp for each row: its word and logprob, from its chunks
 //
-// Limit: Philox and the masses, about 30 instructions a word, then bytes. Two logarithms a word would double that: they
+// Limit: Philox and the masses, about 100 instructions a word, then bytes. Two logarithms a word would double that: they
 // are taken only of words that an upper bound of their noise lets past the best score of a warp.
 #include "sample_border.cuh"
 
@@ -34,8 +34,28 @@ struct Drawn {
   int64_t *totals, *ranks;  // (B, C)
 };
 
-// Output j of a Philox block belongs to the words 32 j .. 32 j + 31 of 128: a warp takes 128 words in four contiguous
-// loads. Thread i of the warp keeps those of four such groups.
+// The score of one word, by which the row's is chosen.
+template <bool BF16>
+struct Scores {
+  const Logits<BF16>& logits;
+  int64_t row, seed, position;
+  float top;
+  int greedy;
+
+  // Output j of a block belongs to the words 32 j .. 32 j + 31 of 128: a warp takes 128 words in four contiguous loads.
+  __device__ __forceinline__ Random random(int word) const {
+    return philox(seed, position, static_cast<uint32_t>(word / 128 * 32 + word % 32));
+  }
+  __device__ __forceinline__ float of(int word) const {
+    float x = logits.word(row, word);
+    if (greedy) return x;
+    Random four = random(word);
+    int j = word / 32 % 4;
+    uint32_t mine = j == 0 ? four.word[0] : j == 1 ? four.word[1] : j == 2 ? four.word[2] : four.word[3];
+    return add(bits_below(x, top, logits.scale), noise_of(mine));
+  }
+};
+
 template <bool BF16>
 __global__ void __launch_bounds__(THREADS)
     draw(Logits<BF16> logits, const float* maxima, const int64_t* border, Keys keys, int greedy, Drawn out) {
@@ -45,48 +65,38 @@ __global__ void __launch_bounds__(THREADS)
   float top = row_top(maxima, row, logits.chunks);
   if (!(fabsf(top) < INFINITY)) return;
   int64_t least = border ? border[row] : NOTHING;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int first = chunk * CHUNK + warp * 32 * WORDS + lane;
-  float y[WORDS];  // -inf: cannot be drawn
+  Scores<BF16> scores = {logits, row, keys.seeds[row], keys.positions[row], top, greedy};
+  int first = chunk * CHUNK + threadIdx.x / 32 * 32 * WORDS + threadIdx.x % 32;  // this thread has every 32nd
+  float x[WORDS];  // then what no score of the word is above; -inf: it cannot be drawn
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) x[i] = logits.word(row, first + 32 * i);
   int64_t total = 0;
+  float highest = -INFINITY;
+  int likely = 0;  // the word of the highest bound: its score is a good one to begin with
 #pragma unroll
-  for (int i = 0; i < WORDS; i++) {
-    int word = first + 32 * i;
-    y[i] = -INFINITY;
-    if (word >= logits.words) continue;
-    float x = logits.word(row, word);
-    y[i] = bits_below(x, top, logits.scale);
-    total += mass_of(y[i]);
-    if (border && place_of(x, word) < least) y[i] = -INFINITY;
-    if (greedy) y[i] = x;
+  for (int i = 0; i < WORDS; i += 4) {
+    Random four = {};
+    if (!greedy) four = scores.random(first + 32 * i);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      int word = first + 32 * (i + j);
+      float logit = x[i + j], y = bits_below(logit, top, logits.scale);
+      bool inside = word < logits.words;
+      total += inside ? mass_of(y) : 0;
+      bool allowed = inside && (!border || place_of(logit, word) >= least);
+      float bound = greedy ? logit : add(y, noise_bound(four.word[j]));
+      x[i + j] = allowed ? bound : -INFINITY;
+      if (x[i + j] > highest) highest = x[i + j], likely = word;
+    }
   }
+  float floor = reduce_warp(highest > -INFINITY ? scores.of(likely) : -INFINITY, Larger());
+  uint32_t left = 0;
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) left |= (x[i] > -INFINITY && x[i] >= floor ? 1u : 0u) << i;
   int64_t best = NOTHING;
-  if (greedy) {
-#pragma unroll
-    for (int i = 0; i < WORDS; i++)
-      if (y[i] > -INFINITY) best = Larger()(best, rank_of(y[i], first + 32 * i));
-  } else {
-    uint32_t random[WORDS];
-    float likely_y = 0, highest = -INFINITY;  // the word whose bound is the highest: a good score to begin with
-    uint32_t likely = 0;
-#pragma unroll
-    for (int i = 0; i < WORDS; i += 4) {
-      uint32_t block = static_cast<uint32_t>((first - lane) / 4 + i * 8 + lane);
-      Random four = philox(keys.seeds[row], keys.positions[row], block);
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        random[i + j] = four.word[j];
-        float bound = add(y[i + j], noise_bound(four.word[j]));
-        if (bound > highest) highest = bound, likely = four.word[j], likely_y = y[i + j];
-      }
-    }
-    float floor = highest > -INFINITY ? add(likely_y, noise_of(likely)) : -INFINITY;
-    floor = reduce_warp(floor, Larger());
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) {
-      if (y[i] > -INFINITY && add(y[i], noise_bound(random[i])) >= floor)
-        best = Larger()(best, rank_of(add(y[i], noise_of(random[i])), first + 32 * i));
-    }
+  for (; left; left &= left - 1) {
+    int word = first + 32 * (__ffs(left) - 1);
+    best = Larger()(best, rank_of(scores.of(word), word));
   }
   total = reduce_block<THREADS>(total, Add(), room);
   best = reduce_block<THREADS>(best, Larger(), room);

@@ -81,11 +81,17 @@ __global__ void __launch_bounds__(BORDER_THREADS)
   auto for_candidates = [&](auto use) {
     for (int chunk = 0; chunk < logits.chunks; chunk++) {
       if (weights[static_cast<int64_t>(chunk) * SLICES + found] == 0) continue;
-      int end = (chunk + 1) * CHUNK < logits.words ? (chunk + 1) * CHUNK : logits.words;
-      for (int word = chunk * CHUNK + threadIdx.x; word < end; word += BORDER_THREADS) {
-        float x = logits.word(row, word), y = bits_below(x, top, logits.scale);
-        int64_t place = place_of(x, word);
-        if (slice_of(y) == found && place >= least && place >= low && place <= high) use(place, y);
+      int first = chunk * CHUNK + threadIdx.x;
+      float x[CHUNK / BORDER_THREADS];
+#pragma unroll
+      for (int i = 0; i < CHUNK / BORDER_THREADS; i++) x[i] = logits.word(row, first + i * BORDER_THREADS);
+#pragma unroll
+      for (int i = 0; i < CHUNK / BORDER_THREADS; i++) {
+        int word = first + i * BORDER_THREADS;
+        float y = bits_below(x[i], top, logits.scale);
+        int64_t place = place_of(x[i], word);
+        bool inside = word < logits.words && place >= least && place >= low && place <= high;
+        if (inside && slice_of(y) == found) use(place, y);
       }
     }
   };

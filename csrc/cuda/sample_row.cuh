@@ -20,9 +20,9 @@ struct Logits {
   float scale;     // log2(e) / temperature
   int aligned;     // rows begin at 16-byte addresses
 
-  // As fp32; -0 becomes 0.
+  // As fp32; -0 becomes 0. Past the end of the row its last word.
   __device__ __forceinline__ float word(int64_t row, int word) const {
-    int64_t i = row * stride + word;
+    int64_t i = row * stride + (word < words ? word : words - 1);
     float x;
     if constexpr (BF16)
       x = __bfloat162float(static_cast<const __nv_bfloat16*>(at)[i]);
@@ -30,27 +30,34 @@ struct Logits {
       x = static_cast<const float*>(at)[i];
     return add(x, 0.f);
   }
-  // use(word, x) for those of this thread's words of a chunk that are there. In 16-byte words where they are aligned.
+  // use(word, x) for those of this thread's words of a chunk that are there. In 16-byte words where they are aligned,
+  // all of which are under way before the first is used.
   template <class Use>
   __device__ __forceinline__ void for_words(int64_t row, int chunk, Use use) const {
-    constexpr int VECTOR = BF16 ? 8 : 4;
+    constexpr int VECTOR = BF16 ? 8 : 4, VECTORS = WORDS / VECTOR;
+    uint4 raw[VECTORS];
+    bool whole[VECTORS];
+    int first = chunk * CHUNK + static_cast<int>(threadIdx.x) * VECTOR;
 #pragma unroll
-    for (int k = 0; k < WORDS / VECTOR; k++) {
-      int first = chunk * CHUNK + (k * THREADS + static_cast<int>(threadIdx.x)) * VECTOR;
-      if (aligned && first + VECTOR <= words) {
-        uint4 raw = static_cast<const uint4*>(at)[(row * stride + first) / VECTOR];
-        uint32_t part[4] = {raw.x, raw.y, raw.z, raw.w};
+    for (int k = 0; k < VECTORS; k++) {
+      whole[k] = aligned && first + (k * THREADS + 1) * VECTOR <= words;
+      if (whole[k]) raw[k] = static_cast<const uint4*>(at)[(row * stride + first) / VECTOR + k * THREADS];
+    }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if constexpr (BF16) {
-            use(first + 2 * i, add(__uint_as_float(part[i] << 16), 0.f));
-            use(first + 2 * i + 1, add(__uint_as_float(part[i] & 0xffff0000u), 0.f));
-          } else {
-            use(first + i, add(__uint_as_float(part[i]), 0.f));
-          }
-        }
-      } else {
+    for (int k = 0; k < VECTORS; k++, first += THREADS * VECTOR) {
+      if (!whole[k]) {
         for (int i = first; i < first + VECTOR && i < words; i++) use(i, word(row, i));
+        continue;
+      }
+      uint32_t part[4] = {raw[k].x, raw[k].y, raw[k].z, raw[k].w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if constexpr (BF16) {
+          use(first + 2 * i, add(__uint_as_float(part[i] << 16), 0.f));
+          use(first + 2 * i + 1, add(__uint_as_float(part[i] & 0xffff0000u), 0.f));
+        } else {
+          use(first + i, add(__uint_as_float(part[i]), 0.f));
+        }
       }
     }
   }

@@ -6,7 +6,6 @@ from hpsafety.cuda_kernels.library import launch
 
 BLOCK = 1024  # tokens of a block
 PARTIALS = 7  # sums of a block
-SIGNATURE = "ppppppp i p l ffff dd i p d pppp"
 # Of num_tokens_tensor's types; 0 is for none, 1 for a number.
 COUNTS = {torch.float64: 2, torch.float32: 3, torch.int64: 4}
 
@@ -29,7 +28,7 @@ def ppo_loss(
     grads = logprobs.new_empty((2 if entropy is None else 3, n), **fp32)
     partials = logprobs.new_empty((PARTIALS, -(-n // BLOCK)), dtype=torch.float64)
     launch(
-        "hps_ppo_loss", SIGNATURE, *rows, bf16, mask.contiguous(), n, clip_ratio, 1 - clip_ratio, 1 + clip_ratio,
-        value_clip, value_coef, entropy_coef, kind, count, num_tokens or 0.0, partials, loss, stats, grads,
+        "hps_ppo_loss", "ppppppp i p l ffff dd i p d pppp", *rows, bf16, mask.contiguous(), n, clip_ratio,
+        1 - clip_ratio, 1 + clip_ratio, value_clip, value_coef, entropy_coef, kind, count, num_tokens or 0.0, partials, loss, stats, grads,
     )  # fmt: skip
     return loss, stats, grads
