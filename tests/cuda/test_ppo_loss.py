@@ -50,6 +50,7 @@ def check_drawn(seed):
         None, 3.0 * n + 1, torch.tensor(2 * n + 5), torch.tensor(7.0), torch.tensor(3, dtype=torch.int8),
         torch.tensor(11.0, dtype=torch.float64),
     )[seed % 6]  # fmt: skip
+    count = count.to(DEVICE) if isinstance(count, torch.Tensor) else count
     check_cuda("ppo_loss", ops.ppo_loss, args, num_tokens=count, **settings)
 
 
