@@ -8,7 +8,8 @@
 // Always on: a block's shared memory is NaN at its start; cp_async16 leaves NaN in its place and delivers at the wait;
 // a deadlock, a barrier reached from two lines, a collective whose mask lacks its caller or the lane that it reads, and
 // misaligned copies end the program with the place named. SIMT_SEED=n (fibers): threads and blocks come in an order
-// drawn from n; a kernel that is synchronised gives the same bits for every n. simt::watch names bytes that two blocks
+// drawn from n; a kernel that is synchronised gives the same bits for every n. SIMT_LAST: a launch's last block runs and
+// no other, to see offsets that nobody could run all blocks up to. simt::watch names bytes that two blocks
 // write. Not emulated: wgmma, TMA, mbarrier, clusters, textures. The PTX text of device.cuh is compiled, never run.
 #pragma once
 #include <atomic>
@@ -125,6 +126,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
+inline long long __float2ll_rn(float x) { return llrintf(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
