@@ -67,7 +67,7 @@ inline unsigned lanes_in(unsigned warp) { return std::min(32u, num_threads - war
 // ---- what is written by whom. A watched tensor is looked at before and after every block.
 //
 // `output`: nothing reads it in the launch. What a block wrote is put aside and the place filled with poison again, so
-// that a second block's write is seen whatever its value is; two poisons are drawn upon in turn, as a value may be one.
+// that a second block's write is seen whatever its value is, unless that is the poison's.
 struct Watch {
   unsigned char* at;
   size_t bytes;

@@ -31,13 +31,14 @@ int main(int, char** argv) {
   FILE* in = fopen(argv[1], "rb");
   auto number = [&] { long x; if (fread(&x, 8, 1, in) != 1) abort(); return x; };
   long count = number();
-  struct Storage { char* at; long bytes; long written; std::vector<char> expected; };
+  struct Storage { char* at; long bytes; long written; std::vector<char> before, expected; };
   std::vector<Storage> storages;
   for (long i = 0; i < count; i++) {
-    Storage s{nullptr, number(), number(), {}};
+    Storage s{nullptr, number(), number(), {}, {}};
     if (posix_memalign((void**)&s.at, 256, s.bytes ? s.bytes : 1)) abort();
     s.expected.resize(s.bytes);
     if (s.bytes && fread(s.at, s.bytes, 1, in) != 1) abort();
+    s.before.assign(s.at, s.at + s.bytes);
     if (s.bytes && fread(s.expected.data(), s.bytes, 1, in) != 1) abort();
     storages.push_back(std::move(s));
   }
@@ -49,11 +50,15 @@ int main(int, char** argv) {
   if (code) { fprintf(stderr, "the launcher returned %d\\n", code); return 3; }
   if (simt::conflicts) return 4;
   for (size_t i = 0; i < storages.size(); i++)
-    for (long k = 0; k < storages[i].bytes; k++)
-      if (storages[i].at[k] != storages[i].expected[k]) {
+    for (long k = 0; k < storages[i].bytes; k++) {
+      const Storage& s = storages[i];
+      // A byte that is written with the poison's value looks like one that is not written.
+      bool hidden = s.written == 2 && s.expected[k] == (char)simt::POISON && s.at[k] == s.before[k];
+      if (s.at[k] != s.expected[k] && !hidden) {
         fprintf(stderr, "tensor %zu differs at byte %ld\\n", i, k);
         return 5;
       }
+    }
   printf("the same bytes\\n");
   return 0;
 }
