@@ -44,6 +44,7 @@ __device__ __forceinline__ int64_t target_of(const void* targets, int64_t row, i
 
 // Of z = alpha logits, per row and over all chunks so far: m = max z, s = sum exp(z - m), u = sum exp(z - m) (z - m) for
 // the entropy, and z of the target, NaN as long as no chunk holds it. A NaN comes out in s, whatever m is then.
+template <bool ENTROPY>
 __global__ void __launch_bounds__(THREADS)
     update(const float* logits, int64_t stride, int64_t words, int64_t first_word, const void* targets, int targets64,
            float alpha, float* m, float* s, float* u, float* at_target) {
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(THREADS)
   int64_t row = blockIdx.x;
   const float* here = logits + row * stride;
   bool begin = first_word == 0;
-  float top = begin ? -INFINITY : m[row], sum = begin ? 0 : s[row], weighted = begin || !u ? 0 : u[row];
+  float top = begin ? -INFINITY : m[row], sum = begin ? 0 : s[row], weighted = begin || !ENTROPY ? 0 : u[row];
   for (int64_t start = 0; start < words; start += TILE) {
     Share share;
     share.load(here + start, words - start, alpha);
@@ -69,11 +70,11 @@ __global__ void __launch_bounds__(THREADS)
       for (int i = 0; i < 4; i++) {
         float below = share.z[w][i] - reference, e = expf(below);
         part += e;
-        if (u) weighted_part += e == 0 ? 0 : e * below;
+        if (ENTROPY) weighted_part += e == 0 ? 0 : e * below;
       }
     part = reduce_block<THREADS>(part, Add(), room);
     float scale = expf(old - reference);
-    if (u) {
+    if (ENTROPY) {
       weighted_part = reduce_block<THREADS>(weighted_part, Add(), room);
       weighted = fmaf(scale, weighted + (before - reference) * sum, weighted_part);
     }
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) {
     m[row] = top;
     s[row] = sum;
-    if (u) u[row] = weighted;
+    if (ENTROPY) u[row] = weighted;
     int64_t target = target_of(targets, row, targets64) - first_word;
     if (target >= 0 && target < words)
       at_target[row] = scaled(here[target], alpha);
@@ -115,7 +116,7 @@ struct Incoming {
 
 // A chunk's logits become dz = p (a + b (log p + H)), and -a more at the target, with a and b the row's gradients over
 // -temperature; zeros in rows without gradient. BF16: at the start of the row's place, rounded.
-template <bool BF16>
+template <bool BF16, bool ENTROPY>
 __global__ void __launch_bounds__(THREADS)
     dlogits(float* logits, int64_t stride, int64_t words, int64_t first_word, const void* targets, int targets64,
             float alpha, Incoming incoming, const float* m, const float* log_s, const float* entropies) {
@@ -123,8 +124,8 @@ __global__ void __launch_bounds__(THREADS)
   float* here = logits + row * stride;
   bool kept = incoming.kept(row);
   int64_t target = target_of(targets, row, targets64) - first_word;
-  float a = -incoming.logprob[row] * alpha, b = incoming.entropy ? -incoming.entropy[row] * alpha : 0;
-  float h = incoming.entropy ? entropies[row] : 0, top = m[row], log_sum = log_s[row];
+  float a = -incoming.logprob[row] * alpha, b = ENTROPY ? -incoming.entropy[row] * alpha : 0;
+  float h = ENTROPY ? entropies[row] : 0, top = m[row], log_sum = log_s[row];
   for (int64_t start = 0; start < words; start += TILE) {
     Share share;
     if (kept) share.load(here + start, words - start, alpha);
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         float log_p = (share.z[w][i] - top) - log_sum, p = expf(log_p);
-        dz[i] = incoming.entropy ? (p == 0 ? 0 : p * fmaf(b, log_p + h, a)) : p * a;
+        dz[i] = ENTROPY ? (p == 0 ? 0 : p * fmaf(b, log_p + h, a)) : p * a;
         if (at + i == target) dz[i] -= a;
         if (!kept) dz[i] = 0;
       }
@@ -151,31 +152,39 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Copies rows that have a gradient, and zeros in the place of the others. To bf16 from fp32: rounded.
+// What a thread of keep_rows takes at a time: as it stands, or from fp32 to bf16.
+template <class From, class To>
+struct Move {
+  using In = uint4;
+  using Out = uint4;
+  static __device__ __forceinline__ uint4 words(uint4 x) { return x; }
+  static __device__ __forceinline__ To element(From x) { return x; }
+};
+template <>
+struct Move<float, __nv_bfloat16> {
+  using In = float4;
+  using Out = uint2;
+  static __device__ __forceinline__ uint2 words(float4 x) { return uint2{pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)}; }
+  static __device__ __forceinline__ __nv_bfloat16 element(float x) { return __float2bfloat16_rn(x); }
+};
+
+// Copies rows that have a gradient, and zeros in the place of the others.
 template <class From, class To>
 __global__ void __launch_bounds__(THREADS)
     keep_rows(const From* from, int64_t stride, To* to, int64_t width, Incoming incoming, int words) {
+  using M = Move<From, To>;
   int64_t row = blockIdx.x;
   const From* x = from + row * stride;
   To* y = to + row * width;
   bool kept = incoming.kept(row);
-  if constexpr (sizeof(From) == sizeof(To)) {
-    if (words) {
-      constexpr int EACH = 16 / sizeof(From);
-      for (int64_t i = threadIdx.x; i < width / EACH; i += THREADS)
-        reinterpret_cast<uint4*>(y)[i] = kept ? reinterpret_cast<const uint4*>(x)[i] : uint4{0, 0, 0, 0};
-    } else {
-      for (int64_t i = threadIdx.x; i < width; i += THREADS) y[i] = kept ? x[i] : To{};
-    }
+  if (words) {
+    int64_t count = width / static_cast<int64_t>(16 / sizeof(From));
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < count; i += THREADS)
+      reinterpret_cast<typename M::Out*>(y)[i] =
+          kept ? M::words(reinterpret_cast<const typename M::In*>(x)[i]) : typename M::Out{};
   } else {
-    if (words) {
-      for (int64_t i = threadIdx.x; i < width / 4; i += THREADS) {
-        float4 v = kept ? reinterpret_cast<const float4*>(x)[i] : float4{0, 0, 0, 0};
-        reinterpret_cast<uint2*>(y)[i] = uint2{pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
-      }
-    } else {
-      for (int64_t i = threadIdx.x; i < width; i += THREADS) y[i] = __float2bfloat16_rn(kept ? x[i] : 0.f);
-    }
+    for (int64_t i = threadIdx.x; i < width; i += THREADS) y[i] = kept ? M::element(x[i]) : To{};
   }
 }
 
@@ -192,9 +201,12 @@ extern "C" int hps_logprob_update(const void* logits, int64_t rows, int64_t word
                                   const void* targets, int targets64, float alpha, void* m, void* s, void* u,
                                   void* at_target, void* stream) {
   if (!grid_fits(rows) || words <= 0 || stride < words || !aligned(logits, stride * 4)) return BAD_ARGUMENT;
-  return SIMT_LAUNCH((update), dim3(static_cast<unsigned>(rows)), dim3(THREADS), THREADS / 32 * sizeof(float), stream,
-                     floats(logits), stride, words, first_word, targets, targets64, alpha, floats(m), floats(s),
-                     floats(u), floats(at_target));
+  auto launch = [&](auto kernel) {
+    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(rows)), dim3(THREADS), THREADS / 32 * sizeof(float), stream,
+                       floats(logits), stride, words, first_word, targets, targets64, alpha, floats(m), floats(s),
+                       floats(u), floats(at_target));
+  };
+  return u ? launch(update<true>) : launch(update<false>);
 }
 
 extern "C" int hps_logprob_finish(const void* m, const void* s, const void* u, const void* at_target, void* logprobs,
@@ -217,7 +229,8 @@ extern "C" int hps_logprob_dlogits(void* logits, int64_t rows, int64_t words, in
                        words, first_word, targets, targets64, alpha, incoming, floats(m), floats(log_s),
                        floats(entropies));
   };
-  return bf16 ? launch(dlogits<true>) : launch(dlogits<false>);
+  if (grad_entropy) return bf16 ? launch(dlogits<true, true>) : launch(dlogits<false, true>);
+  return bf16 ? launch(dlogits<true, false>) : launch(dlogits<false, false>);
 }
 
 // from (rows, width), `stride` elements apart, to dense rows; kind 0: fp32, 1: bf16, 2: fp32 to bf16.

@@ -89,6 +89,13 @@ __device__ __forceinline__ void take(const Queries<DIM>& q, State<DIM>& state, c
       mma_bf16(s[2 * n + 1], q.a[k], b[2], b[3]);
     }
   }
+  if (seen < KEYS) {
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (n * 8 + lane % 4 * 2 + i % 2 >= seen) s[n][i] = -INFINITY;
+  }
   float base[2], rescale[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -96,10 +103,7 @@ __device__ __forceinline__ void take(const Queries<DIM>& q, State<DIM>& state, c
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        if (n * 8 + lane % 4 * 2 + i >= seen) s[n][2 * r + i] = -INFINITY;
-        most = fmaxf(most, s[n][2 * r + i]);
-      }
+      for (int i = 0; i < 2; i++) most = fmaxf(most, s[n][2 * r + i]);
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
     float top = fmaxf(state.top[r], most * scale);
@@ -144,11 +148,11 @@ __device__ __forceinline__ void sync_team() {
 
 // Takes a team's rows through the keys first + its share of every `step` up to `end`, of one row of the table. `room`
 // holds two stages of KEYS keys and as many values.
-template <int DIM, int TEAM>
+template <int DIM, int TEAM, bool ALIGNED>
 __device__ __forceinline__ void attend(const Pass& pass, const int* table, int64_t head, unsigned first, unsigned end,
                                        unsigned step, const Queries<DIM>& q, State<DIM>& state, uint4* room) {
   constexpr int KEYS = TEAM / 2, WORDS = KEYS * DIM / 8;
-  Copier<DIM, KEYS, TEAM> copier(pass.pages, table, head, end);
+  Copier<DIM, KEYS, TEAM, ALIGNED> copier(pass.pages, table, head, end);
   copier.locate(first);
   if (first < end) copier.copy(room, room + WORDS);
   cp_async_commit();
@@ -173,7 +177,7 @@ __device__ __forceinline__ int64_t slot_of(const Pass& pass, int64_t query, int6
 }
 
 // Tile of 16 heads (fastest), kv head, sequence, split. Slots of own tokens start at slot0.
-template <int DIM>
+template <int DIM, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS) attend_own(Pass pass, int64_t batch, int64_t slot0) {
   SIMT_SHARED(uint4, shared);
   constexpr int ROOM = 2 * 2 * ROWS * DIM / 8;  // of a warp: two stages, later its sums
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(THREADS) attend_own(Pass pass, int64_t batch, 
   State<DIM> state;
   state.clear();
   uint4* room = shared + warp * ROOM;
-  attend<DIM, 32>(pass, pass.table + b * pass.columns, head, static_cast<unsigned>(key0) + warp * ROWS, end,
+  attend<DIM, 32, ALIGNED>(pass, pass.table + b * pass.columns, head, static_cast<unsigned>(key0) + warp * ROWS, end,
                   WARPS * ROWS, q, state, room);
   state.finish();
   constexpr int AT = 2 * ROWS;  // floats of maxima and sums before those of the outputs
@@ -232,7 +236,7 @@ __global__ void __launch_bounds__(THREADS) attend_own(Pass pass, int64_t batch, 
 }
 
 // Tile of 64 rows (fastest: the tiles of a group share its pages in the L2 cache), kv head, split.
-template <int DIM>
+template <int DIM, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS)
     attend_prefixes(Pass pass, const int* order, const int* bounds, const int* group_of_tile, int64_t tiles) {
   SIMT_SHARED(uint4, shared);
@@ -255,7 +259,7 @@ __global__ void __launch_bounds__(THREADS)
   q.load(pass.q, query[0], query[1]);
   State<DIM> state;
   state.clear();
-  attend<DIM, THREADS>(pass, pass.table + group * pass.columns, head, static_cast<unsigned>(key0), end, THREADS / 2, q,
+  attend<DIM, THREADS, ALIGNED>(pass, pass.table + group * pass.columns, head, static_cast<unsigned>(key0), end, THREADS / 2, q,
                        state, shared);
   state.finish();
   for (int r = 0; r < 2; r++) {
@@ -284,6 +288,9 @@ struct Arguments {
 inline bool whole_words(const void* p, int64_t page, int64_t slot, int64_t head) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && page % 8 == 0 && slot % 8 == 0 && head % 8 == 0;
 }
+inline bool aligned(const Arguments& a) {
+  return whole_words(a.k, a.k_page, a.k_slot, a.k_head) && whole_words(a.v, a.v_page, a.v_slot, a.v_head);
+}
 inline bool fits(const Arguments& a, int64_t blocks) {
   return a.heads > 0 && a.heads <= INT32_MAX && a.kv_heads > 0 && a.page_size > 0 && a.page_size <= INT32_MAX &&
          a.splits > 0 && blocks > 0 && blocks <= INT32_MAX && reinterpret_cast<uintptr_t>(a.q) % 4 == 0;
@@ -291,9 +298,8 @@ inline bool fits(const Arguments& a, int64_t blocks) {
 inline Pass make_pass(const Arguments& a) {
   auto* k = static_cast<const __nv_bfloat16*>(a.k);
   auto* v = static_cast<const __nv_bfloat16*>(a.v);
-  int words = whole_words(k, a.k_page, a.k_slot, a.k_head) && whole_words(v, a.v_page, a.v_slot, a.v_head);
   Pages pages{k, v, a.k_page, a.k_slot, a.k_head, a.v_page, a.v_slot, a.v_head,
-              divisor(static_cast<unsigned>(a.page_size)), words};
+              divisor(static_cast<unsigned>(a.page_size))};
   return {pages, static_cast<const __nv_bfloat16*>(a.q), static_cast<const int*>(a.table),
           static_cast<const int*>(a.lens), a.columns, a.kv_heads, a.slots, static_cast<float*>(a.out),
           static_cast<float*>(a.top), static_cast<float*>(a.total), a.scale, static_cast<int>(a.heads)};
@@ -306,18 +312,23 @@ template <int DIM>
 int launch_own(const Arguments& a, int64_t batch, int64_t slot0, void* stream) {
   int64_t blocks = (a.heads + ROWS - 1) / ROWS * a.kv_heads * batch * a.splits;
   if (!fits(a, blocks)) return BAD_ARGUMENT;
-  return SIMT_LAUNCH((attend_own<DIM>), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), SHARED<DIM>, stream,
-                     make_pass(a), batch, slot0);
+  auto launch = [&](auto kernel) {
+    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), SHARED<DIM>, stream, make_pass(a),
+                       batch, slot0);
+  };
+  return aligned(a) ? launch(attend_own<DIM, true>) : launch(attend_own<DIM, false>);
 }
 
 template <int DIM>
-int launch_prefixes(const Arguments& a, const void* order, const void* bounds, const void* group_of_tile,
-                    int64_t tiles, void* stream) {
+int launch_prefixes(const Arguments& a, const int* order, const int* bounds, const int* group_of_tile, int64_t tiles,
+                    void* stream) {
   int64_t blocks = tiles * a.kv_heads * a.splits;
   if (!fits(a, blocks)) return BAD_ARGUMENT;
-  auto ints = [](const void* p) { return static_cast<const int*>(p); };
-  return SIMT_LAUNCH((attend_prefixes<DIM>), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), SHARED<DIM>, stream,
-                     make_pass(a), ints(order), ints(bounds), ints(group_of_tile), tiles);
+  auto launch = [&](auto kernel) {
+    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), SHARED<DIM>, stream, make_pass(a),
+                       order, bounds, group_of_tile, tiles);
+  };
+  return aligned(a) ? launch(attend_prefixes<DIM, true>) : launch(attend_prefixes<DIM, false>);
 }
 
 }  // namespace paged

@@ -18,5 +18,6 @@ extern "C" int hps_paged_prefixes_64(
     const void* bounds, const void* group_of_tile, int64_t tiles, void* stream) {
   paged::Arguments a{q,       k,     v,      table,  lens,   out,    top,    total,  heads, kv_heads, columns, page_size,
                      slots,   splits, k_page, k_slot, k_head, v_page, v_slot, v_head, scale};
-  return paged::launch_prefixes<64>(a, order, bounds, group_of_tile, tiles, stream);
+  return paged::launch_prefixes<64>(a, static_cast<const int*>(order), static_cast<const int*>(bounds),
+                                    static_cast<const int*>(group_of_tile), tiles, stream);
 }

@@ -27,7 +27,6 @@ struct Pages {
   const __nv_bfloat16 *k, *v;                                      // (pages, page size, G, K)
   int64_t k_page, k_slot, k_head, v_page, v_slot, v_head;  // strides in elements
   Divisor size;
-  int words;  // whether all rows are 16-byte aligned
 };
 
 // 16-byte word `word` of row `row`: the words of 8 rows at a place lie in different banks.
@@ -41,8 +40,8 @@ __device__ __forceinline__ const uint4* word_of(const uint4* rows, int row, int 
 }
 
 // Copies KEYS keys and values of one head to shared memory, by TEAM threads; zeros behind the last token. Pages are
-// looked up one turn ahead, so that a copy does not wait for the table.
-template <int DIM, int KEYS, int TEAM>
+// looked up one turn ahead, so that a copy does not wait for the table. ALIGNED: all rows are at 16-byte addresses.
+template <int DIM, int KEYS, int TEAM, bool ALIGNED>
 struct Copier {
   static constexpr int WORDS = DIM / 8, STEP = TEAM / WORDS, TURNS = KEYS / STEP;
   static_assert(TEAM % WORDS == 0 && KEYS % STEP == 0, "whole rows at a time");
@@ -71,7 +70,7 @@ struct Copier {
       const __nv_bfloat16* k = pages.k + page[i] * pages.k_page + slot * pages.k_slot + head * pages.k_head + word * 8;
       const __nv_bfloat16* v = pages.v + page[i] * pages.v_page + slot * pages.v_slot + head * pages.v_head + word * 8;
       int to = place_of<DIM>(threadIdx.x % TEAM / WORDS + i * STEP, word);
-      if (pages.words) {
+      if constexpr (ALIGNED) {
         cp_async16(keys + to, there ? k : pages.k, there);
         cp_async16(values + to, there ? v : pages.v, there);
       } else {
