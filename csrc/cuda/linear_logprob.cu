@@ -1,12 +1,12 @@
-// linear_logprob around its GEMMs, which a BLAS makes: the running softmax over one chunk of the vocabulary's logits, the
-// results, the gradient of a chunk's logits in place, and the rows that have a gradient.
+// linear_logprob around its GEMMs, which a BLAS makes: the running softmax over one chunk of the vocabulary's logits,
+// the results, the gradient of a chunk's logits in place, and the rows that have a gradient.
 // Limit: bytes, the chunk's logits once (in the L2 cache where it holds them); the GEMMs take longer.
 #include "reduce.cuh"
 
 namespace {
 
-constexpr int THREADS = 128;             // of a row
-constexpr int WORDS = 8;                 // 16-byte words of logits that a thread holds at a time
+constexpr int THREADS = 128;               // of a row
+constexpr int WORDS = 8;                   // 16-byte words of logits that a thread holds at a time
 constexpr int TILE = THREADS * WORDS * 4;  // logits: a row's sums run tile by tile, whatever the chunks are
 
 struct Larger {
@@ -26,7 +26,9 @@ __device__ __forceinline__ float scaled(float logit, float alpha) { return __fmu
 // A thread's share of a tile: word w holds the logits 4 (w THREADS + thread) and on. -inf behind the row's end.
 struct Share {
   float z[WORDS][4];
-  static __device__ __forceinline__ int64_t at(int word) { return (word * THREADS + static_cast<int>(threadIdx.x)) * 4; }
+  static __device__ __forceinline__ int64_t at(int word) {
+    return (word * THREADS + static_cast<int>(threadIdx.x)) * 4;
+  }
   __device__ __forceinline__ void load(const float* row, int64_t words, float alpha) {
 #pragma unroll
     for (int w = 0; w < WORDS; w++) {
@@ -42,8 +44,8 @@ __device__ __forceinline__ int64_t target_of(const void* targets, int64_t row, i
   return targets64 ? static_cast<const int64_t*>(targets)[row] : static_cast<const int32_t*>(targets)[row];
 }
 
-// Of z = alpha logits, per row and over all chunks so far: m = max z, s = sum exp(z - m), u = sum exp(z - m) (z - m) for
-// the entropy, and z of the target, NaN as long as no chunk holds it. A NaN comes out in s, whatever m is then.
+// Of z = alpha logits, per row and over all chunks so far: m = max z, s = sum exp(z - m), u = sum exp(z - m) (z - m)
+// for the entropy, and z of the target, NaN as long as no chunk holds it. A NaN comes out in s, whatever m is then.
 template <bool ENTROPY>
 __global__ void __launch_bounds__(THREADS)
     update(const float* logits, int64_t stride, int64_t words, int64_t first_word, const void* targets, int targets64,

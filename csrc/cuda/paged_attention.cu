@@ -1,12 +1,12 @@
-// paged_attention before and after its passes (csrc/cuda/paged_attention.cuh): which sequences a group's tiles hold, and
-// the merge of the splits. Limit of the merge: bytes, the splits' outputs; of the plan: its launch.
+// paged_attention before and after its passes (csrc/cuda/paged_attention.cuh): which sequences a group's tiles hold,
+// and the merge of the splits. Limit of the merge: bytes, the splits' outputs; of the plan: its launch.
 #include "reduce.cuh"
 #include "paged_attention_pages.cuh"
 
 namespace {
 
+using paged::SPLIT;
 constexpr int PLAN = 256, MERGE = 128;  // threads
-constexpr int SPLIT = 512;              // keys; of paged_attention.cuh too
 
 // The sequences of group blockIdx.x in their order: their places in `order`, (first, end) of them in `bounds`, and the
 // group in those of its tiles that it needs, -1 in the others.

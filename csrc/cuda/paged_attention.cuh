@@ -14,7 +14,6 @@
 namespace paged {
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
-constexpr int SPLIT = 512;  // keys; of the wrapper too
 constexpr int ROWS = 16;    // of a warp: the M of its MMAs
 
 // What all blocks of a launch have in common. B sequences, G kv heads, H / G = heads, K = DIM.
@@ -33,7 +32,7 @@ struct Pass {
   int heads;
 };
 
-// ROWS rows of queries as fragments, zeros where there is no row. `low` and `high` are this lane's two rows, -1 for none.
+// ROWS rows of queries as fragments, zeros where there is none. `low` and `high` are this lane's two rows, or -1.
 template <int DIM>
 struct Queries {
   uint32_t a[DIM / 16][4];
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(THREADS) attend_own(Pass pass, int64_t batch, 
   state.clear();
   uint4* room = shared + warp * ROOM;
   attend<DIM, 32, ALIGNED>(pass, pass.table + b * pass.columns, head, static_cast<unsigned>(key0) + warp * ROWS, end,
-                  WARPS * ROWS, q, state, room);
+                           WARPS * ROWS, q, state, room);
   state.finish();
   constexpr int AT = 2 * ROWS;  // floats of maxima and sums before those of the outputs
   auto* mine = reinterpret_cast<float*>(room);
@@ -252,15 +251,15 @@ __global__ void __launch_bounds__(THREADS)
   int64_t query[2];
   for (int r = 0; r < 2; r++) {
     int64_t row = row0 + lane / 4 + 8 * r;
-    query[r] = -1;
-    if (row < rows) query[r] = (order[member0 + row / pass.heads] * pass.kv_heads + head) * pass.heads + row % pass.heads;
+    int64_t member = row < rows ? order[member0 + row / pass.heads] : -1;
+    query[r] = member < 0 ? -1 : (member * pass.kv_heads + head) * pass.heads + row % pass.heads;
   }
   Queries<DIM> q;
   q.load(pass.q, query[0], query[1]);
   State<DIM> state;
   state.clear();
-  attend<DIM, THREADS, ALIGNED>(pass, pass.table + group * pass.columns, head, static_cast<unsigned>(key0), end, THREADS / 2, q,
-                       state, shared);
+  attend<DIM, THREADS, ALIGNED>(pass, pass.table + group * pass.columns, head, static_cast<unsigned>(key0), end,
+                                THREADS / 2, q, state, shared);
   state.finish();
   for (int r = 0; r < 2; r++) {
     if (query[r] < 0) continue;

@@ -4,6 +4,7 @@
 
 namespace paged {
 
+constexpr int SPLIT = 512;     // keys; of the wrapper too
 constexpr int TILE_ROWS = 64;  // (member, head) rows of a group that share a pass over its pages
 
 // Group g owns the tiles from this on up to the next group's: always enough for its rows, and known without the other
@@ -24,7 +25,7 @@ inline Divisor divisor(unsigned by) {
 }
 
 struct Pages {
-  const __nv_bfloat16 *k, *v;                                      // (pages, page size, G, K)
+  const __nv_bfloat16 *k, *v;                              // (pages, page size, G, K)
   int64_t k_page, k_slot, k_head, v_page, v_slot, v_head;  // strides in elements
   Divisor size;
 };

@@ -14,7 +14,7 @@ from hpsafety.cuda_kernels.library import launch
 
 BUFFER_BYTES = 64 << 20  # of a part's logits, fp32
 ROWS = 4096  # most of a part
-TILE, MOST_TILES = 4096, 4  # words: a row's sums run tile by tile (csrc/cuda/linear_logprob.cu), whatever the parts are
+TILE, MOST_TILES = 4096, 4  # words: a row's sums run tile by tile in the kernels, whatever the parts are
 COPY, COPY_BF16, ROUND = 0, 1, 2  # kinds of hps_logprob_keep_rows
 
 
@@ -54,6 +54,13 @@ def _logits(buffer, hidden, weight):
     return out
 
 
+def _starts_in_bf16(buffer, logits):
+    """What hps_logprob_dlogits leaves for bf16: at the start of each row's place."""
+    (rows, words), stride = logits.shape, logits.stride(0)
+    halves = buffer.narrow(0, 0, rows * stride).view(torch.bfloat16)
+    return halves.view(rows, 2 * stride).narrow(1, 0, words)
+
+
 def _targets(targets, first_row: int, rows: int):
     return targets.narrow(0, first_row, rows), int(targets.dtype == torch.int64)
 
@@ -86,8 +93,8 @@ def linear_logprob(hidden, weight, targets, temperature, entropy):
 def _keep_rows(source, out, kind: int, grad=None, grad_entropy=None) -> None:
     rows, width = source.shape
     launch(
-        "hps_logprob_keep_rows", "pl pll i pp", source, source.stride(0), out, rows, width, kind, grad, grad_entropy
-    )
+        "hps_logprob_keep_rows", "pl pll i pp", source, source.stride(0), out, rows, width, kind, grad, grad_entropy,
+    )  # fmt: skip
 
 
 def linear_logprob_backward(
@@ -107,6 +114,9 @@ def linear_logprob_backward(
     norm, grad = norm.contiguous(), grad.to(torch.float32).contiguous()
     if grad_entropy is not None:
         grad_entropy, entropy = grad_entropy.to(torch.float32).contiguous(), entropy.contiguous()
+    else:
+        entropy = None
+    by_row = (grad, grad_entropy, norm.select(0, 0), norm.select(0, 1), entropy)
     kept = hidden.new_empty((n, d))
     _keep_rows(hidden, kept, COPY_BF16 if bf16 else COPY, grad, grad_entropy)
     hidden_sums, word_sums = grad_hidden, None
@@ -118,18 +128,12 @@ def linear_logprob_backward(
     for first_row, rows, first_word, words in _parts(n, v):
         part, weights = kept.narrow(0, first_row, rows), weight.narrow(0, first_word, words)
         logits = _logits(buffer, part, weights)
-        of_rows = (
-            x if x is None else x.narrow(0, first_row, rows)
-            for x in (grad, grad_entropy, norm.select(0, 0), norm.select(0, 1), entropy if grad_entropy is not None else None)
-        )  # fmt: skip
+        of_rows = (x if x is None else x.narrow(0, first_row, rows) for x in by_row)
         launch(
             "hps_logprob_dlogits", "p llll pi f ppppp i", logits, rows, words, logits.stride(0), first_word,
             *_targets(targets, first_row, rows), 1 / temperature, *of_rows, int(bf16),
         )  # fmt: skip
-        dz = logits
-        if bf16:  # at the start of each row's place
-            stride = logits.stride(0)
-            dz = buffer.narrow(0, 0, rows * stride).view(torch.bfloat16).view(rows, 2 * stride).narrow(1, 0, words)
+        dz = _starts_in_bf16(buffer, logits) if bf16 else logits
         if need_hidden:
             product(dz, weights, hidden_sums.narrow(0, first_row, rows), first_word > 0)
         if need_weight:

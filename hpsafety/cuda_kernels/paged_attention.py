@@ -1,4 +1,4 @@
-"""paged_attention in CUDA: allocates the result and the splits' partial results, and launches csrc/cuda/paged_attention*.
+"""paged_attention in CUDA: allocates the result and the splits' partial results, launches csrc/cuda/paged_attention*.
 
 bf16, head dim 64 or 128. All grids follow from what the host knows, the widths of the tables; blocks past the live
 lengths leave at once. So a CUDA graph can replay the launches.
@@ -73,7 +73,9 @@ def paged_attention(
         tiles = batch * group_heads // TILE_ROWS + groups
         order, bounds = group_of.new_empty(batch), group_of.new_empty((groups, 2))
         group_of_tile = group_of.new_empty(tiles)
-        launch("hps_paged_plan", "pppp lll", group_of, order, bounds, group_of_tile, batch, groups, group_heads)
+        launch(
+            "hps_paged_plan", "pppp lll", group_of, order, bounds, group_of_tile, batch, groups, group_heads
+        )
         attend("prefixes", "ppp l", prefix_table, prefix_lens, slot0, order, bounds, group_of_tile, tiles)
     if own:
         attend("own", "l l", block_table, context_lens, own, batch, slot0)

@@ -70,7 +70,9 @@ def test_matches_oracle(dtype, entropy, n, d, v):
 @pytest.mark.parametrize("v", [507, kernels.TILE - 1, kernels.TILE + 3, 5 * kernels.TILE + 130])
 def test_real_parts(dtype, v, real_parts):
     """Around a tile of the kernels and with several in a part."""
-    check_cuda("linear_logprob", ops.linear_logprob, make_inputs(5, 24, v, dtype), entropy=True, temperature=0.5)
+    check_cuda(
+        "linear_logprob", ops.linear_logprob, make_inputs(5, 24, v, dtype), entropy=True, temperature=0.5
+    )
 
 
 @pytest.mark.parametrize("temperature, scale", [(0.7, 1.0), (3.0, 100.0)])
@@ -204,7 +206,9 @@ def test_each_subset_of_requires_grad():
         assert all(torch.equal(value, whole[key]) for key, value in part.items())
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="cuBLAS promises nothing of the sort; the CPU's BLAS does from 16 rows on")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="cuBLAS promises nothing of the sort; the CPU's BLAS does from 16 rows on"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_batch(dtype):
     args = make_inputs(70, 40, 300, dtype)
@@ -263,8 +267,8 @@ def test_opcheck():
 def test_grad_weight_sums_in_fp32_over_parts_of_rows():
     """Many rows whose contributions to a bf16 gradient would each be lost beside the sum before them."""
     n = 40 * ROWS
-    args = {"hidden": torch.ones(n, 8), "weight": torch.zeros(2, 8), "targets": torch.zeros(n, dtype=torch.int64)}
-    args = place({k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in args.items()})
+    hidden, weight = (torch.full((rows, 8), x, dtype=torch.bfloat16) for rows, x in ((n, 1.0), (2, 0.0)))
+    args = place({"hidden": hidden, "weight": weight, "targets": torch.zeros(n, dtype=torch.int64)})
     *_, dw = run(args, torch.ones(n, device=DEVICE))
     assert torch.equal(dw.float(), torch.tensor([[0.5], [-0.5]], device=DEVICE).mul(n).expand(2, 8))
 
@@ -304,9 +308,8 @@ def test_the_main_work_is_the_kernels(monkeypatch):
     args, (_, *grads) = make_inputs(70, 24, 130, torch.bfloat16), incoming(70)
     with Operators():
         run(args, *grads)
-    products = {"mm", "addmm"}
-    views = {"detach", "view", "slice", "t", "select", "split", "as_strided", "transpose", "alias", "narrow"}
-    assert names >= products and not names - products - views - {"new_empty", "empty", "_to_copy", "clone", "copy_"}
+    products, views = {"mm", "addmm"}, {"detach", "view", "slice", "t", "select", "alias", "narrow"}
+    assert names >= products and names <= products | views | {"new_empty", "empty", "_to_copy"}
     assert reference.calls["linear_logprob"] == before
 
 
@@ -318,7 +321,8 @@ def test_error_over_many_parts(dtype):
     for cast in (torch.float64, dtype):
         h, w = (args[k].to(cast).requires_grad_() for k in ("hidden", "weight"))
         outs = reference.linear_logprob(h, w, args["targets"], entropy=True)
-        results.append(torch.autograd.grad(outs, (h, w), [g.cpu().to(o.dtype) for g, o in zip(grads, outs, strict=True)]))
+        weights = [g.cpu().to(outs[0].dtype) for g in grads]
+        results.append(torch.autograd.grad(outs, (h, w), weights))
     for name, ours, exact, plain in zip(("grad_hidden", "grad_weight"), (dh, dw), *results, strict=True):
         check_error(name, ours.cpu(), exact, plain)
 
