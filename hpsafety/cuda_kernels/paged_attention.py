@@ -13,7 +13,6 @@ SPLIT, TILE_ROWS = 512, 64  # of csrc/cuda/paged_attention.cuh and paged_attenti
 SEQUENTIAL = "the CUDA kernels have no sequential form; the triton backend has one"
 LOG2_E = 1.4426950408889634
 MAX_LENGTH = 2**31 - 1
-PASS = "ppppp ppp llllll llllll f"
 
 
 def refuses(dtype: torch.dtype | None, head_dim: int | None) -> str | None:
@@ -62,10 +61,10 @@ def paged_attention(
     top, total = (q.new_empty((batch, heads, slots), dtype=torch.float32) for _ in range(2))
     strides = (*k_pages.stride()[:3], *v_pages.stride()[:3], softmax_scale * LOG2_E)
 
-    def attend(name, signature, table, lens, splits, *more):
-        launch(
-            f"hps_paged_{name}_{dim}", PASS + signature, q, k_pages, v_pages, table, lens, out, top, total, group_heads,
-            kv_heads, table.shape[1], page_size, slots, splits, *strides, *more,
+    def on(table, lens, splits):
+        return (
+            q, k_pages, v_pages, table, lens, out, top, total, group_heads, kv_heads, table.shape[1], page_size, slots,
+            splits, *strides,
         )  # fmt: skip
 
     if slot0:
@@ -74,11 +73,16 @@ def paged_attention(
         order, bounds = group_of.new_empty(batch), group_of.new_empty((groups, 2))
         group_of_tile = group_of.new_empty(tiles)
         launch(
-            "hps_paged_plan", "pppp lll", group_of, order, bounds, group_of_tile, batch, groups, group_heads
-        )
-        attend("prefixes", "ppp l", prefix_table, prefix_lens, slot0, order, bounds, group_of_tile, tiles)
+            "hps_paged_plan", "pppp lll", group_of, order, bounds, group_of_tile, batch, groups, group_heads,
+        )  # fmt: skip
+        launch(
+            f"hps_paged_prefixes_{dim}", "ppppp ppp llllll llllll f ppp l", *on(prefix_table, prefix_lens, slot0),
+            order, bounds, group_of_tile, tiles,
+        )  # fmt: skip
     if own:
-        attend("own", "l l", block_table, context_lens, own, batch, slot0)
+        launch(
+            f"hps_paged_own_{dim}", "ppppp ppp llllll llllll f ll", *on(block_table, context_lens, own), batch, slot0,
+        )  # fmt: skip
     launch(
         "hps_paged_merge", "pppppp p lllll", out, top, total, context_lens, prefix_lens, group_of, y, batch, heads, dim,
         slots, slot0,
