@@ -101,8 +101,7 @@ __global__ void __launch_bounds__(THREADS)
   int64_t row = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (row >= rows) return;
   float log_s = m[row] == -INFINITY ? NAN : logf(s[row]);
-  float logprob = (at_target[row] - m[row]) - log_s;
-  logprobs[row] = logprob > 0 ? 0 : logprob;
+  logprobs[row] = (at_target[row] - m[row]) - log_s;  // <= 0: the target is rounded as m is, and s is at least 1
   norm[row] = m[row];
   norm[rows + row] = log_s;
   if (u) entropies[row] = log_s - u[row] / s[row];

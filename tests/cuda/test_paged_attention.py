@@ -127,9 +127,12 @@ def test_pages_shared_by_own_tables():
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_what_is_not_used_is_not_seen(apart):
-    """Unused table entries (huge), pages of nobody and slots past the last token (NaN) change no bit, in words and
-    element by element."""
+    """Unused table entries (huge), pages of nobody, the first among them, and slots past the last token (NaN) change no
+    bit, in words and element by element."""
     args = inputs([33, 1, 0, 70], 7, 3, 1, prefix=([20, 9, 5], [1, 0, 1, 0]))
+    args |= {n: torch.cat([args[n][:1], args[n]]) for n in ("k_pages", "v_pages")}
+    args["block_table"] += 1
+    args["prefix"][0].add_(1)
     if apart:
         args |= {n: torch.nn.functional.pad(args[n], (0, 3))[..., :64] for n in ("k_pages", "v_pages")}
     before = attend(**args)
