@@ -10,7 +10,7 @@ from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import values_readable
 from hpsafety.reference.attention import check_segments
 
-BACKENDS = ("cpu", "triton", "flash_attn")
+BACKENDS = ("cpu", "triton", "cuda", "flash_attn")
 MAX_HEAD_DIM = 256
 
 
@@ -22,7 +22,7 @@ def _fake_backward(grad, q, k, v, out, lse, segments, softmax_scale, determinist
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# The C++ and the Triton kernels are deterministic always; the flag is for backends where it has a price.
+# The C++, Triton and CUDA kernels are deterministic always; the flag is for backends where it has a price.
 _backward_op = Op(
     "attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor segments, float softmax_scale,"
@@ -30,6 +30,7 @@ _backward_op = Op(
     {
         "cpu": lambda *args: backends.cpu().attention_backward(*args[:-1]),
         "triton": lambda *args: backends.triton("attention_backward").attention_backward(*args),
+        "cuda": lambda *args: backends.cuda("attention_backward").attention_backward(*args),
         "flash_attn": flash_attn_backend.attention_backward,
     },
     _fake_backward,
@@ -52,10 +53,13 @@ def _backward(ctx, grad, _):
     return (*grads, None, None, None, None)
 
 
-def _triton(q, k, v, segments, softmax_scale, deterministic):
-    if values_readable(segments):
-        check_segments(segments.cpu(), q.shape[0])
-    return backends.triton("attention").attention(q, k, v, segments, softmax_scale, deterministic)
+def _on_gpu(backend):
+    def attention(q, k, v, segments, softmax_scale, deterministic):
+        if values_readable(segments):
+            check_segments(segments.cpu(), q.shape[0])
+        return backend("attention").attention(q, k, v, segments, softmax_scale, deterministic)
+
+    return attention
 
 
 _op = Op(
@@ -63,7 +67,8 @@ _op = Op(
     "(Tensor q, Tensor k, Tensor v, Tensor segments, float softmax_scale, bool deterministic) -> (Tensor, Tensor)",
     {
         "cpu": lambda *args: backends.cpu().attention(*args[:-1]),
-        "triton": _triton,
+        "triton": _on_gpu(backends.triton),
+        "cuda": _on_gpu(backends.cuda),
         "flash_attn": flash_attn_backend.attention,
     },
     _fake,
@@ -115,14 +120,14 @@ def _check(q, k, v, segments, softmax_scale):
 def attention(q, k, v, segments, softmax_scale=None, deterministic=False, *, impl=None):
     """Packed causal attention with shared prefixes and grouped query heads.
 
-    q              (T, H, K) fp32 or bf16 (flash_attn: bf16 or fp16), K <= 256; may be a view whose last dim is
-                   contiguous
+    q              (T, H, K) fp32 or bf16 (flash_attn: bf16 or fp16; cuda: bf16, K 64 or 128), K <= 256; may be a view
+                   whose last dim is contiguous
     k, v           (T, G, K) like q; query head h reads kv head h // (H / G)
     segments       (S, 4) int32: start, end, prefix_start, prefix_end, sorted by start. Row i of start..end-1 sees
                    all rows prefix_start..prefix_end-1 and the rows start..i; equal prefix bounds mean no prefix
     softmax_scale  factor of the scores, 1/sqrt(K) by default
     deterministic  the same bits at every run; the C++ kernels always are, for any number of threads, and the Triton
-                   kernels, at the price of seven products instead of five in backward
+                   and CUDA kernels, at the price of seven products instead of five in backward
     returns        (T, H, K) like q, fresh; rows of no segment are zero and get zero gradients
     Saved for backward: q, k, v, the output, and lse (T, H) fp32, base 2.
     A NaN reaches its own row and the rows that see it, no other. A score of -inf has weight 0; a row of no
@@ -132,7 +137,7 @@ def attention(q, k, v, segments, softmax_scale=None, deterministic=False, *, imp
     """
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     _check(q, k, v, segments, softmax_scale)
-    impl = backends.resolve("attention", impl, BACKENDS, q.device.type, q.dtype)
+    impl = backends.resolve("attention", impl, BACKENDS, q.device.type, q.dtype, q.shape[2])
     if impl == "reference":
         return reference.attention(q, k, v, segments, softmax_scale)
     check(
