@@ -1,0 +1,365 @@
+// attention, backward: dK and dV. A block owns a tile of keys, in registers as left operands, and goes over all blocks
+// of query rows that see them: S^T = K Q^T and dP^T = V dO^T, then dV += P^T dO and dK += dS^T Q.
+// Limit: FLOPs on the tensor cores; then the port of shared memory, from which every product takes its right operand.
+#pragma once
+#include "attention_backward.cuh"
+
+namespace attention {
+
+struct KeysArguments {
+  Heads grad, q, k, v;
+  const float *lse, *delta;             // of the workspace; delta negated
+  const int *segments, *tiles, *runs;   // attention_tiles.key_tiles
+  bf16 *dk, *dv;
+  Group group;
+  float scale, scale_log2;
+};
+
+// Adjacent blocks of rows of one segment or run, and of one chunk of heads.
+struct KeysSpan {
+  int row0, row1;     // tokens
+  int seen0, seen1;   // the keys that they see, if they do not come before them
+  int begin, masked_end, whole, end;  // blocks; those of masked_end to whole see all keys of the tile
+  int chunk;
+  int alone;          // row0 sees no other key than itself
+  int next;           // the index of the next span to look at
+  int key0;           // of the tile
+};
+
+// From which of a block's rows on a key is seen, and pulls at the row: where a row sees but one key, its weight is 1
+// whatever the score.
+struct alignas(8) Bound {
+  int sees, pulls;
+};
+
+// SQUARES times 16 keys a warp.
+template <int DIM, int WARPS, int SQUARES>
+struct KeysShape {
+  static constexpr int THREADS = WARPS * 32, KEYS = WARPS * SQUARES * 16, ROWS = 64, STAGES = 2;
+  // Of a stage: Q, dO, and for each two rows 8 numbers: lse, lse, -, -, -delta, -delta, and these two again.
+  static constexpr int TILE = ROWS * Row<DIM>::BYTES, PAIR = 32, STAGE = 2 * TILE + ROWS / 2 * PAIR;
+  static constexpr int K = 0, V = KEYS * Row<DIM>::BYTES, FIRST = 2 * V, PLACES = FIRST + STAGES * STAGE;
+  static constexpr int BOUNDS = PLACES + 3 * THREADS * 8;
+  static constexpr int SPANS = BOUNDS + KEYS * 8, SHARED = SPANS + ::attention::SPANS * static_cast<int>(sizeof(KeysSpan));
+};
+
+// The first span that has blocks, of index `index` on; begin == end if there is none.
+template <class Shape>
+__device__ void find_span(KeysSpan& found, const KeysArguments& a, int index) {
+  const int* tile = a.tiles + static_cast<int64_t>(blockIdx.x / a.group.kv_heads) * 5;
+  int key0 = tile[0] * Shape::KEYS, key1 = key0 + Shape::KEYS, segment0 = tile[1], owners = tile[2] - segment0;
+  int run0 = tile[3], parts = owners + tile[4] - run0, tokens = Shape::ROWS >> a.group.log_pack;
+  KeysSpan s = {};
+  s.key0 = key0;
+  for (; index < parts * a.group.chunks; index++) {
+    int part = index / a.group.chunks;
+    s.chunk = index - part * a.group.chunks;
+    int diagonal = 0;
+    if (part < owners) {  // the keys' own segment
+      const int* segment = a.segments + static_cast<int64_t>(segment0 + part) * 4;
+      s.row0 = s.seen0 = segment[0];
+      s.row1 = s.seen1 = segment[1];
+      s.alone = segment[2] >= segment[3];
+      s.begin = max(key0 - s.row0, 0) / tokens;
+      diagonal = (max(key1 - 1 - s.row0, 0) + tokens - 1) / tokens;
+    } else {
+      const int* run = a.runs + static_cast<int64_t>(run0 + part - owners) * 4;
+      s.seen0 = run[0];
+      s.seen1 = run[1];
+      s.row0 = run[2];
+      s.row1 = s.seen0 < key1 && s.seen1 > key0 ? run[3] : s.row0;
+      s.alone = s.begin = 0;
+    }
+    s.end = (s.row1 - s.row0 + tokens - 1) / tokens;
+    s.whole = (s.row1 - s.row0) / tokens;
+    bool inside = s.seen0 <= key0 && min(static_cast<int64_t>(key1), a.group.tokens) <= s.seen1;
+    s.masked_end = inside ? min(diagonal, s.end) : s.end;
+    if (s.begin < s.end) break;
+    s.begin = s.end = 0;
+  }
+  s.next = index + 1;
+  found = s;
+}
+
+struct KeysBlock {
+  int span, block;
+  bool there;
+};
+__device__ __forceinline__ KeysBlock next_block(const KeysSpan* spans, int span, int block) {
+  if (++block >= spans[span].end) {
+    span = (span + 1) % SPANS;
+    block = spans[span].begin;
+  }
+  return {span, block, block < spans[span].end};
+}
+template <class Shape>
+__device__ __forceinline__ int rows_of(const KeysSpan& s, int block, int log_pack) {
+  return ((s.row1 - s.row0) << log_pack) - block * Shape::ROWS;
+}
+
+// Of a warp's own keys, by the first of the four lanes that have a key.
+template <class Shape, int SQUARES>
+__device__ __forceinline__ void set_bounds(Bound* bounds, const KeysSpan& s, int block, int log_pack) {
+  int tokens = Shape::ROWS >> log_pack, first = s.row0 + block * tokens;
+  bool all = block >= s.masked_end && block < s.whole;
+  __syncwarp();
+  if (threadIdx.x % 4 == 0)
+#pragma unroll
+    for (int i = 0; i < 2 * SQUARES; i++) {
+      int key = s.key0 + static_cast<int>(threadIdx.x / 32) * SQUARES * 16 + 8 * i + static_cast<int>(threadIdx.x % 32 / 4);
+      int sees = all ? 0 : key >= s.seen0 && key < s.seen1 ? key - first : tokens;
+      int pulls = sees + (s.alone && key == s.seen0);
+      bounds[8 * i] = {max(min(sees, tokens), 0) << log_pack, max(min(pulls, tokens), 0) << log_pack};
+    }
+  __syncwarp();
+}
+
+// Copies blocks of rows to stages. Where a thread goes on stays in shared memory: registers are full.
+template <int DIM, class Shape>
+struct RowsLoader {
+  using Copy = RowsCopy<DIM, Shape::ROWS, Shape::THREADS>;
+  const KeysArguments& a;
+  unsigned char* shared;
+
+  __device__ __forceinline__ const bf16*& place(int which) const {
+    return reinterpret_cast<const bf16**>(shared + Shape::PLACES)[which * Shape::THREADS + threadIdx.x];
+  }
+  __device__ __forceinline__ void begin(const KeysSpan& s, int block) const {
+    int chunk = static_cast<int>(blockIdx.x % a.group.kv_heads) * a.group.chunks + s.chunk;
+    int64_t token = s.row0 + static_cast<int64_t>(block) * (Shape::ROWS >> a.group.log_pack);
+    int64_t head = static_cast<int64_t>(chunk) << a.group.log_pack;
+    place(0) = Copy::from(a.q, token, head, a.group.log_pack);
+    place(1) = Copy::from(a.grad, token, head, a.group.log_pack);
+    // Its bits only: of the lse of a row, for the first ROWS threads.
+    place(2) = reinterpret_cast<const bf16*>(a.lse + a.group.row(chunk, token) + threadIdx.x);
+  }
+  // A whole block, or the first `count` rows and zeros behind them; moves on to the next one.
+  template <bool WHOLE>
+  __device__ __forceinline__ void copy(unsigned char* stage, int count) const {
+    const bf16 *q = place(0), *grad = place(1);
+    const float* values = reinterpret_cast<const float*>(place(2));
+    Copy::template copy<WHOLE>(stage + Copy::Tile::to(), q, a.group.q_step, count);
+    Copy::template copy<WHOLE>(stage + Shape::TILE + Copy::Tile::to(), grad, a.group.grad_step, count);
+    if (threadIdx.x < Shape::ROWS) {
+      unsigned char* to = stage + 2 * Shape::TILE + threadIdx.x / 2 * Shape::PAIR + threadIdx.x % 2 * 4;
+      bool there = WHOLE || static_cast<int>(threadIdx.x) < count;
+      cp_async4(to, values, there);
+      cp_async4(to + 16, values + (a.delta - a.lse), there);
+      cp_async4(to + 24, values + (a.delta - a.lse), there);
+    }
+    place(0) = q;
+    place(1) = grad;
+    place(2) = reinterpret_cast<const bf16*>(values + Shape::ROWS);
+    cp_async_commit();
+  }
+};
+
+// Of a warp: its keys, and their sums.
+template <int DIM, int SQUARES>
+struct KeysTile {
+  uint32_t k[SQUARES][DIM / 16][4], v[SQUARES][DIM / 16][4];
+  float dk[SQUARES][DIM / 16][2][4], dv[SQUARES][DIM / 16][2][4];  // transposed
+};
+
+// 16 rows of a block. bounds, where it is MASKED: of the lane's first key.
+template <bool MASKED, int DIM, int SQUARES, class Shape>
+__device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, const unsigned char* stage, const Squares<DIM>& f,
+                                         int slice, float scale_log2, const Bound* bounds) {
+  const unsigned char *q = stage, *grad = stage + Shape::TILE;
+  const unsigned char* values = grad + Shape::TILE + threadIdx.x % 4 * Shape::PAIR + slice * 8 * Shape::PAIR;
+  float s[SQUARES][2][4], dp[SQUARES][2][4];
+#pragma unroll
+  for (int m = 0; m < SQUARES; m++)
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      float4 delta = *reinterpret_cast<const float4*>(values + n * 4 * Shape::PAIR + 16);
+      dp[m][n][0] = delta.x, dp[m][n][1] = delta.y, dp[m][n][2] = delta.z, dp[m][n][3] = delta.w;
+      s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
+    }
+#pragma unroll
+  for (int c = 0; c < DIM / 16; c++) {
+    uint32_t r[4];
+    ldmatrix_x4(r, q + f.of(slice, c));
+#pragma unroll
+    for (int m = 0; m < SQUARES; m++) {
+      mma_bf16(s[m][0], t.k[m][c], r[0], r[1]);
+      mma_bf16(s[m][1], t.k[m][c], r[2], r[3]);
+    }
+    ldmatrix_x4(r, grad + f.of(slice, c));
+#pragma unroll
+    for (int m = 0; m < SQUARES; m++) {
+      mma_bf16(dp[m][0], t.v[m][c], r[0], r[1]);
+      mma_bf16(dp[m][1], t.v[m][c], r[2], r[3]);
+    }
+  }
+  uint32_t weights[SQUARES][2][2], ds[SQUARES][2][2];
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    int from[SQUARES][2], pulls[SQUARES][2];  // as Bound, from the lane's first row on
+    if (MASKED) {
+      int row = slice * 16 + n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
+#pragma unroll
+      for (int m = 0; m < SQUARES; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          Bound bound = bounds[m * 16 + half * 8];
+          from[m][half] = bound.sees - row;
+          pulls[m][half] = bound.pulls - row;
+        }
+    }
+    float2 lse = *reinterpret_cast<const float2*>(values + n * 4 * Shape::PAIR);
+#pragma unroll
+    for (int m = 0; m < SQUARES; m++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float weight = exp2_fast(fmaf(s[m][n][i], scale_log2, i % 2 ? -lse.y : -lse.x));
+        if (MASKED) weight = from[m][i / 2] <= i % 2 ? weight : 0.f;
+        float pull = weight * dp[m][n][i];
+        if (MASKED) pull = pulls[m][i / 2] <= i % 2 ? pull : 0.f;
+        s[m][n][i] = weight;
+        dp[m][n][i] = pull;
+      }
+  }
+#pragma unroll
+  for (int m = 0; m < SQUARES; m++) {
+    right_operands(weights[m], s[m][0], s[m][1]);
+    right_operands(ds[m], dp[m][0], dp[m][1]);
+  }
+#pragma unroll
+  for (int c = 0; c < DIM / 16; c++) {
+    uint32_t r[4];
+    ldmatrix_x4_trans(r, grad + f.of(slice, c));
+#pragma unroll
+    for (int m = 0; m < SQUARES; m++) {
+      mma_bf16(t.dv[m][c][0], r, weights[m][0][0], weights[m][0][1]);
+      mma_bf16(t.dv[m][c][1], r, weights[m][1][0], weights[m][1][1]);
+    }
+    ldmatrix_x4_trans(r, q + f.of(slice, c));
+#pragma unroll
+    for (int m = 0; m < SQUARES; m++) {
+      mma_bf16(t.dk[m][c][0], r, ds[m][0][0], ds[m][0][1]);
+      mma_bf16(t.dk[m][c][1], r, ds[m][1][0], ds[m][1][1]);
+    }
+  }
+}
+
+template <int DIM, int WARPS, int SQUARES, int BLOCKS>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(KeysArguments a) {
+  using Shape = KeysShape<DIM, WARPS, SQUARES>;
+  SIMT_SHARED(unsigned char, shared);
+  const RowsLoader<DIM, Shape> loader{a, shared};
+  auto* spans = reinterpret_cast<KeysSpan*>(shared + Shape::SPANS);
+  const int key_of_warp = static_cast<int>(threadIdx.x / 32) * SQUARES * 16;
+  const Squares<DIM> f;
+
+  const int key0 = a.tiles[static_cast<int64_t>(blockIdx.x / a.group.kv_heads) * 5] * Shape::KEYS;
+  const int kv_head = static_cast<int>(blockIdx.x % a.group.kv_heads);
+  KeysTile<DIM, SQUARES> t = {};
+  {
+    using Copy = TileCopy<DIM, Shape::KEYS, Shape::THREADS>;
+    int count = static_cast<int>(min(a.group.tokens - key0, static_cast<int64_t>(Shape::KEYS)));
+    Copy::copy(shared + Shape::K + Copy::to(), Copy::from(a.k, kv_head) + key0 * a.k.token, a.k.token, count);
+    Copy::copy(shared + Shape::V + Copy::to(), Copy::from(a.v, kv_head) + key0 * a.v.token, a.v.token, count);
+    cp_async_commit();
+    if (threadIdx.x == 0) {
+      find_span<Shape>(spans[0], a, 0);
+      find_span<Shape>(spans[1], a, spans[0].next);
+    }
+    __syncthreads();
+    bool any = spans[0].begin < spans[0].end;
+    if (any) {
+      const KeysSpan& first = spans[0];
+      loader.begin(first, first.begin);
+      loader.template copy<false>(shared + Shape::FIRST, rows_of<Shape>(first, first.begin, a.group.log_pack));
+    } else {
+      cp_async_commit();
+    }
+    cp_async_wait<1>();
+    __syncthreads();
+    const Fragments<DIM> left;
+#pragma unroll
+    for (int m = 0; m < SQUARES; m++)
+#pragma unroll
+      for (int c = 0; c < DIM / 16; c++) {
+        const unsigned char* tile = shared + key_of_warp * Row<DIM>::BYTES;
+        ldmatrix_x4(t.k[m][c], tile + Shape::K + left.of(m, c));
+        ldmatrix_x4(t.v[m][c], tile + Shape::V + left.of(m, c));
+      }
+  }
+
+  int span = 0, block = spans[0].begin, stage = Shape::FIRST, other = Shape::FIRST + Shape::STAGE;
+  bool more = block < spans[0].end;
+  while (more) {
+    int rest = spans[span].whole - 1 - block;
+    if (block >= spans[span].masked_end && rest > 0) {  // blocks that see all keys, if the next one is whole
+      block += rest;
+      do {
+        cp_async_wait<0>();
+        __syncthreads();
+        loader.template copy<true>(shared + other, 0);
+#pragma unroll
+        for (int slice = 0; slice < Shape::ROWS / 16; slice++)
+          add_rows<false, DIM, SQUARES, Shape>(t, shared + stage, f, slice, a.scale_log2, {});
+        int swap = stage;
+        stage = other;
+        other = swap;
+      } while (--rest);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    const KeysSpan& s = spans[span];
+    KeysBlock next = next_block(spans, span, block);
+    if (next.there) {
+      const KeysSpan& n = spans[next.span];
+      bool fresh = next.span != span;
+      if (fresh) loader.begin(n, next.block);
+      loader.template copy<false>(shared + other, rows_of<Shape>(n, next.block, a.group.log_pack));
+      if (fresh && threadIdx.x == 0) find_span<Shape>(spans[(span + 2) % SPANS], a, n.next);
+    }
+    Bound* bounds = reinterpret_cast<Bound*>(shared + Shape::BOUNDS) +
+                    (threadIdx.x / 32 * SQUARES * 16 + threadIdx.x % 32 / 4);
+    set_bounds<Shape, SQUARES>(bounds, s, block, a.group.log_pack);
+#pragma unroll 1
+    for (int slice = 0; slice < Shape::ROWS / 16; slice++)
+      add_rows<true, DIM, SQUARES, Shape>(t, shared + stage, f, slice, a.scale_log2, bounds);
+    int swap = stage;
+    stage = other;
+    other = swap;
+    next = next_block(spans, span, block);  // again: it would stay in registers, which are full
+    more = next.there;
+    span = next.span;
+    block = next.block;
+  }
+
+  // A warp's rows of the tiles of K and V have been read by itself alone.
+#pragma unroll
+  for (int m = 0; m < SQUARES; m++) {
+    put_rows<DIM>(shared + Shape::K, key_of_warp + 16 * m, t.dk[m], a.scale);
+    put_rows<DIM>(shared + Shape::V, key_of_warp + 16 * m, t.dv[m], 1.f);
+  }
+  __syncwarp();
+  for (int i = static_cast<int>(threadIdx.x % 32); i < SQUARES * 16 * Row<DIM>::CHUNKS; i += 32) {
+    int row = key_of_warp + i / Row<DIM>::CHUNKS, chunk = i % Row<DIM>::CHUNKS;
+    if (spans[0].key0 + row >= a.group.tokens) break;
+    int64_t at = (static_cast<int64_t>(spans[0].key0 + row) * a.group.kv_heads + kv_head) * DIM + chunk * 8;
+    *reinterpret_cast<uint4*>(a.dk + at) = *reinterpret_cast<uint4*>(shared + Shape::K + Row<DIM>::at(row, chunk));
+    *reinterpret_cast<uint4*>(a.dv + at) = *reinterpret_cast<uint4*>(shared + Shape::V + Row<DIM>::at(row, chunk));
+  }
+}
+
+template <int DIM, int WARPS, int SQUARES, int BLOCKS>
+int launch_keys(const Heads& grad, const Heads& q, const Heads& k, const Heads& v, const void* lse, const void* delta,
+                const void* segments, const void* tiles, const void* runs, int64_t num_tiles, int64_t tokens,
+                int kv_heads, int chunks, int log_pack, double scale, void* dk, void* dv, void* stream) {
+  using Shape = KeysShape<DIM, WARPS, SQUARES>;
+  KeysArguments a{
+      grad, q, k, v, static_cast<const float*>(lse), static_cast<const float*>(delta),
+      static_cast<const int*>(segments), static_cast<const int*>(tiles), static_cast<const int*>(runs),
+      static_cast<bf16*>(dk), static_cast<bf16*>(dv), group(tokens, kv_heads, chunks, log_pack, q, grad),
+      static_cast<float>(scale), static_cast<float>(scale * LOG2E)};
+  if (!fits(grad) || !fits(q) || !fits(k) || !fits(v) || !fits(a.group, num_tiles * kv_heads)) return BAD_ARGUMENT;
+  return SIMT_LAUNCH((attention_backward_keys<DIM, WARPS, SQUARES, BLOCKS>),
+                     dim3(static_cast<unsigned>(num_tiles * kv_heads)), dim3(Shape::THREADS), Shape::SHARED, stream, a);
+}
+
+}  // namespace attention
