@@ -63,6 +63,21 @@ struct Squares {
   }
 };
 
+// Volatile: read at each use, so that it takes no registers between two.
+__device__ __forceinline__ void load16(uint32_t (&r)[4], const unsigned char* from) {
+#ifdef __CUDACC__
+  asm volatile("ld.volatile.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(from))
+               : "memory");
+#else
+  memcpy(r, from, sizeof r);
+#endif
+}
+__device__ __forceinline__ void store16(unsigned char* to, const uint32_t (&r)[4]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(r[0], r[1], r[2], r[3]);
+}
+
 // Two (16 scores of this side, 8 of the other) products, adjacent on the other side: right operands for both 8 of this.
 __device__ __forceinline__ void right_operands(uint32_t (&b)[2][2], const float (&low)[4], const float (&high)[4]) {
 #pragma unroll

@@ -23,7 +23,12 @@ struct KeysSpan {
   int chunk;
   int alone;          // row0 sees no other key than itself
   int next;           // the index of the next span to look at
-  int key0;           // of the tile
+};
+
+// A row of attention_tiles.key_tiles, and the spans of its work. In shared memory: registers are full.
+struct KeysWork {
+  int key0, segment0, segment1, run0, run1;
+  KeysSpan spans[SPANS];
 };
 
 // From which of a block's rows on a key is seen, and pulls at the row: where a row sees but one key, its weight is 1
@@ -32,38 +37,42 @@ struct alignas(8) Bound {
   int sees, pulls;
 };
 
-// SQUARES times 16 keys a warp.
+// SQUARES times 16 keys a warp. The fragments of V stay in registers, or go back to the place of V in shared memory, in
+// the threads' order.
 template <int DIM, int WARPS, int SQUARES>
 struct KeysShape {
   static constexpr int THREADS = WARPS * 32, KEYS = WARPS * SQUARES * 16, ROWS = 64, STAGES = 2;
   // Of a stage: Q, dO, and for each two rows 8 numbers: lse, lse, -, -, -delta, -delta, and these two again.
   static constexpr int TILE = ROWS * Row<DIM>::BYTES, PAIR = 32, STAGE = 2 * TILE + ROWS / 2 * PAIR;
   static constexpr int K = 0, V = KEYS * Row<DIM>::BYTES, FIRST = 2 * V, PLACES = FIRST + STAGES * STAGE;
-  static constexpr int BOUNDS = PLACES + 3 * THREADS * 8;
-  static constexpr int SPANS = BOUNDS + KEYS * 8, SHARED = SPANS + ::attention::SPANS * static_cast<int>(sizeof(KeysSpan));
+  static constexpr int BOUNDS = PLACES + 4 * THREADS * 8;
+  static constexpr int WORK = BOUNDS + KEYS * 8, SHARED = WORK + static_cast<int>(sizeof(KeysWork));
+  // Where in shared memory this thread has its part of a fragment of V.
+  static __device__ __forceinline__ int part(int m, int c) {
+    return V + ((m * (DIM / 16) + c) * THREADS + static_cast<int>(threadIdx.x)) * 16;
+  }
+  static __device__ __forceinline__ int other(int stage) { return 2 * FIRST + STAGE - stage; }
 };
 
 // The first span that has blocks, of index `index` on; begin == end if there is none.
 template <class Shape>
-__device__ void find_span(KeysSpan& found, const KeysArguments& a, int index) {
-  const int* tile = a.tiles + static_cast<int64_t>(blockIdx.x / a.group.kv_heads) * 5;
-  int key0 = tile[0] * Shape::KEYS, key1 = key0 + Shape::KEYS, segment0 = tile[1], owners = tile[2] - segment0;
-  int run0 = tile[3], parts = owners + tile[4] - run0, tokens = Shape::ROWS >> a.group.log_pack;
+__device__ void find_span(KeysSpan& found, const KeysArguments& a, const KeysWork& work, int index) {
+  int key0 = work.key0, key1 = key0 + Shape::KEYS, owners = work.segment1 - work.segment0;
+  int parts = owners + work.run1 - work.run0, tokens = Shape::ROWS >> a.group.log_pack;
   KeysSpan s = {};
-  s.key0 = key0;
   for (; index < parts * a.group.chunks; index++) {
     int part = index / a.group.chunks;
     s.chunk = index - part * a.group.chunks;
     int diagonal = 0;
     if (part < owners) {  // the keys' own segment
-      const int* segment = a.segments + static_cast<int64_t>(segment0 + part) * 4;
+      const int* segment = a.segments + static_cast<int64_t>(work.segment0 + part) * 4;
       s.row0 = s.seen0 = segment[0];
       s.row1 = s.seen1 = segment[1];
       s.alone = segment[2] >= segment[3];
       s.begin = max(key0 - s.row0, 0) / tokens;
       diagonal = (max(key1 - 1 - s.row0, 0) + tokens - 1) / tokens;
     } else {
-      const int* run = a.runs + static_cast<int64_t>(run0 + part - owners) * 4;
+      const int* run = a.runs + static_cast<int64_t>(work.run0 + part - owners) * 4;
       s.seen0 = run[0];
       s.seen1 = run[1];
       s.row0 = run[2];
@@ -81,16 +90,14 @@ __device__ void find_span(KeysSpan& found, const KeysArguments& a, int index) {
   found = s;
 }
 
-struct KeysBlock {
+struct alignas(8) KeysBlock {
   int span, block;
-  bool there;
 };
-__device__ __forceinline__ KeysBlock next_block(const KeysSpan* spans, int span, int block) {
-  if (++block >= spans[span].end) {
-    span = (span + 1) % SPANS;
-    block = spans[span].begin;
-  }
-  return {span, block, block < spans[span].end};
+// The one behind it; there is none if that is the end of its span.
+__device__ __forceinline__ KeysBlock next_block(const KeysSpan* spans, const KeysBlock& now) {
+  if (now.block + 1 < spans[now.span].end) return {now.span, now.block + 1};
+  int span = (now.span + 1) % SPANS;
+  return {span, spans[span].begin};
 }
 template <class Shape>
 __device__ __forceinline__ int rows_of(const KeysSpan& s, int block, int log_pack) {
@@ -99,19 +106,26 @@ __device__ __forceinline__ int rows_of(const KeysSpan& s, int block, int log_pac
 
 // Of a warp's own keys, by the first of the four lanes that have a key.
 template <class Shape, int SQUARES>
-__device__ __forceinline__ void set_bounds(Bound* bounds, const KeysSpan& s, int block, int log_pack) {
+__device__ __forceinline__ void set_bounds(Bound* bounds, int key0, const KeysSpan& s, int block, int log_pack) {
   int tokens = Shape::ROWS >> log_pack, first = s.row0 + block * tokens;
   bool all = block >= s.masked_end && block < s.whole;
   __syncwarp();
   if (threadIdx.x % 4 == 0)
 #pragma unroll
     for (int i = 0; i < 2 * SQUARES; i++) {
-      int key = s.key0 + static_cast<int>(threadIdx.x / 32) * SQUARES * 16 + 8 * i + static_cast<int>(threadIdx.x % 32 / 4);
+      int key = key0 + static_cast<int>(threadIdx.x / 32) * SQUARES * 16 + 8 * i + static_cast<int>(threadIdx.x % 32 / 4);
       int sees = all ? 0 : key >= s.seen0 && key < s.seen1 ? key - first : tokens;
       int pulls = sees + (s.alone && key == s.seen0);
       bounds[8 * i] = {max(min(sees, tokens), 0) << log_pack, max(min(pulls, tokens), 0) << log_pack};
     }
   __syncwarp();
+}
+
+// Of the lane's first key.
+template <class Shape, int SQUARES>
+__device__ __forceinline__ Bound* first_bound(unsigned char* shared) {
+  return reinterpret_cast<Bound*>(shared + Shape::BOUNDS) +
+         (threadIdx.x / 32 * SQUARES * 16 + threadIdx.x % 32 / 4);
 }
 
 // Copies blocks of rows to stages. Where a thread goes on stays in shared memory: registers are full.
@@ -123,6 +137,10 @@ struct RowsLoader {
 
   __device__ __forceinline__ const bf16*& place(int which) const {
     return reinterpret_cast<const bf16**>(shared + Shape::PLACES)[which * Shape::THREADS + threadIdx.x];
+  }
+  // Which block is computed.
+  __device__ __forceinline__ KeysBlock& block() const {
+    return reinterpret_cast<KeysBlock*>(shared + Shape::PLACES)[3 * Shape::THREADS + threadIdx.x];
   }
   __device__ __forceinline__ void begin(const KeysSpan& s, int block) const {
     int chunk = static_cast<int>(blockIdx.x % a.group.kv_heads) * a.group.chunks + s.chunk;
@@ -157,15 +175,15 @@ struct RowsLoader {
 // Of a warp: its keys, and their sums.
 template <int DIM, int SQUARES>
 struct KeysTile {
-  uint32_t k[SQUARES][DIM / 16][4], v[SQUARES][DIM / 16][4];
+  uint32_t k[SQUARES][DIM / 16][4], v[SQUARES][DIM / 16][4];  // v: if it is held
   float dk[SQUARES][DIM / 16][2][4], dv[SQUARES][DIM / 16][2][4];  // transposed
 };
 
 // 16 rows of a block. bounds, where it is MASKED: of the lane's first key.
-template <bool MASKED, int DIM, int SQUARES, class Shape>
-__device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, const unsigned char* stage, const Squares<DIM>& f,
-                                         int slice, float scale_log2, const Bound* bounds) {
-  const unsigned char *q = stage, *grad = stage + Shape::TILE;
+template <bool MASKED, bool V_HELD, int DIM, int SQUARES, class Shape>
+__device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, const unsigned char* shared, int stage,
+                                         const Squares<DIM>& f, int slice, float scale_log2, const Bound* bounds) {
+  const unsigned char *q = shared + stage, *grad = q + Shape::TILE;
   const unsigned char* values = grad + Shape::TILE + threadIdx.x % 4 * Shape::PAIR + slice * 8 * Shape::PAIR;
   float s[SQUARES][2][4], dp[SQUARES][2][4];
 #pragma unroll
@@ -188,8 +206,10 @@ __device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, const unsign
     ldmatrix_x4(r, grad + f.of(slice, c));
 #pragma unroll
     for (int m = 0; m < SQUARES; m++) {
-      mma_bf16(dp[m][0], t.v[m][c], r[0], r[1]);
-      mma_bf16(dp[m][1], t.v[m][c], r[2], r[3]);
+      uint32_t v[4];
+      if (!V_HELD) load16(v, shared + Shape::part(m, c));
+      mma_bf16(dp[m][0], V_HELD ? t.v[m][c] : v, r[0], r[1]);
+      mma_bf16(dp[m][1], V_HELD ? t.v[m][c] : v, r[2], r[3]);
     }
   }
   uint32_t weights[SQUARES][2][2], ds[SQUARES][2][2];
@@ -243,32 +263,38 @@ __device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, const unsign
   }
 }
 
-template <int DIM, int WARPS, int SQUARES, int BLOCKS>
+template <int DIM, int WARPS, int SQUARES, bool V_HELD, int BLOCKS>
 __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(KeysArguments a) {
   using Shape = KeysShape<DIM, WARPS, SQUARES>;
   SIMT_SHARED(unsigned char, shared);
   const RowsLoader<DIM, Shape> loader{a, shared};
-  auto* spans = reinterpret_cast<KeysSpan*>(shared + Shape::SPANS);
+  KeysWork& work = *reinterpret_cast<KeysWork*>(shared + Shape::WORK);
+  KeysSpan* spans = work.spans;
   const int key_of_warp = static_cast<int>(threadIdx.x / 32) * SQUARES * 16;
   const Squares<DIM> f;
 
-  const int key0 = a.tiles[static_cast<int64_t>(blockIdx.x / a.group.kv_heads) * 5] * Shape::KEYS;
-  const int kv_head = static_cast<int>(blockIdx.x % a.group.kv_heads);
   KeysTile<DIM, SQUARES> t = {};
   {
+    if (threadIdx.x == 0) {
+      const int* tile = a.tiles + static_cast<int64_t>(blockIdx.x / a.group.kv_heads) * 5;
+      work.key0 = tile[0] * Shape::KEYS;
+      work.segment0 = tile[1];
+      work.segment1 = tile[2];
+      work.run0 = tile[3];
+      work.run1 = tile[4];
+      find_span<Shape>(spans[0], a, work, 0);
+      find_span<Shape>(spans[1], a, work, spans[0].next);
+    }
+    __syncthreads();
+    const int kv_head = static_cast<int>(blockIdx.x % a.group.kv_heads);
+    const int64_t key0 = work.key0;
     using Copy = TileCopy<DIM, Shape::KEYS, Shape::THREADS>;
     int count = static_cast<int>(min(a.group.tokens - key0, static_cast<int64_t>(Shape::KEYS)));
     Copy::copy(shared + Shape::K + Copy::to(), Copy::from(a.k, kv_head) + key0 * a.k.token, a.k.token, count);
     Copy::copy(shared + Shape::V + Copy::to(), Copy::from(a.v, kv_head) + key0 * a.v.token, a.v.token, count);
     cp_async_commit();
-    if (threadIdx.x == 0) {
-      find_span<Shape>(spans[0], a, 0);
-      find_span<Shape>(spans[1], a, spans[0].next);
-    }
-    __syncthreads();
-    bool any = spans[0].begin < spans[0].end;
-    if (any) {
-      const KeysSpan& first = spans[0];
+    const KeysSpan& first = spans[0];
+    if (first.begin < first.end) {
       loader.begin(first, first.begin);
       loader.template copy<false>(shared + Shape::FIRST, rows_of<Shape>(first, first.begin, a.group.log_pack));
     } else {
@@ -285,69 +311,75 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(Ke
         ldmatrix_x4(t.k[m][c], tile + Shape::K + left.of(m, c));
         ldmatrix_x4(t.v[m][c], tile + Shape::V + left.of(m, c));
       }
+    if (!V_HELD) {
+      __syncthreads();
+#pragma unroll
+      for (int m = 0; m < SQUARES; m++)
+#pragma unroll
+        for (int c = 0; c < DIM / 16; c++) store16(shared + Shape::part(m, c), t.v[m][c]);
+    }
   }
 
-  int span = 0, block = spans[0].begin, stage = Shape::FIRST, other = Shape::FIRST + Shape::STAGE;
-  bool more = block < spans[0].end;
+  int stage = Shape::FIRST;
+  bool more = spans[0].begin < spans[0].end;
+  KeysBlock& place = loader.block();
+  place = {0, spans[0].begin};
   while (more) {
-    int rest = spans[span].whole - 1 - block;
-    if (block >= spans[span].masked_end && rest > 0) {  // blocks that see all keys, if the next one is whole
-      block += rest;
-      do {
+    const int rest = spans[place.span].whole - 1 - place.block;
+    if (place.block >= spans[place.span].masked_end && rest > 0) {  // blocks that see all keys, if the next one is whole
+      place.block += rest;
+#pragma unroll 1
+      for (int i = 0; i < rest; i++) {
         cp_async_wait<0>();
         __syncthreads();
-        loader.template copy<true>(shared + other, 0);
+        loader.template copy<true>(shared + Shape::other(stage), 0);
 #pragma unroll
         for (int slice = 0; slice < Shape::ROWS / 16; slice++)
-          add_rows<false, DIM, SQUARES, Shape>(t, shared + stage, f, slice, a.scale_log2, {});
-        int swap = stage;
-        stage = other;
-        other = swap;
-      } while (--rest);
+          add_rows<false, V_HELD, DIM, SQUARES, Shape>(t, shared, stage, f, slice, a.scale_log2, {});
+        stage = Shape::other(stage);
+      }
     }
     cp_async_wait<0>();
     __syncthreads();
-    const KeysSpan& s = spans[span];
-    KeysBlock next = next_block(spans, span, block);
-    if (next.there) {
+    {
+      const KeysBlock now = place, next = next_block(spans, now);
       const KeysSpan& n = spans[next.span];
-      bool fresh = next.span != span;
-      if (fresh) loader.begin(n, next.block);
-      loader.template copy<false>(shared + other, rows_of<Shape>(n, next.block, a.group.log_pack));
-      if (fresh && threadIdx.x == 0) find_span<Shape>(spans[(span + 2) % SPANS], a, n.next);
+      if (next.block < n.end) {
+        if (next.span != now.span) loader.begin(n, next.block);
+        loader.template copy<false>(shared + Shape::other(stage), rows_of<Shape>(n, next.block, a.group.log_pack));
+        if (next.span != now.span && threadIdx.x == 0)
+          find_span<Shape>(spans[(now.span + 2) % SPANS], a, work, n.next);
+      }
+      set_bounds<Shape, SQUARES>(first_bound<Shape, SQUARES>(shared), work.key0, spans[now.span], now.block,
+                                 a.group.log_pack);
     }
-    Bound* bounds = reinterpret_cast<Bound*>(shared + Shape::BOUNDS) +
-                    (threadIdx.x / 32 * SQUARES * 16 + threadIdx.x % 32 / 4);
-    set_bounds<Shape, SQUARES>(bounds, s, block, a.group.log_pack);
 #pragma unroll 1
     for (int slice = 0; slice < Shape::ROWS / 16; slice++)
-      add_rows<true, DIM, SQUARES, Shape>(t, shared + stage, f, slice, a.scale_log2, bounds);
-    int swap = stage;
-    stage = other;
-    other = swap;
-    next = next_block(spans, span, block);  // again: it would stay in registers, which are full
-    more = next.there;
-    span = next.span;
-    block = next.block;
+      add_rows<true, V_HELD, DIM, SQUARES, Shape>(t, shared, stage, f, slice, a.scale_log2, first_bound<Shape, SQUARES>(shared));
+    stage = Shape::other(stage);
+    place = next_block(spans, place);
+    more = place.block < spans[place.span].end;
   }
 
-  // A warp's rows of the tiles of K and V have been read by itself alone.
+  if (!V_HELD) __syncthreads();
+  // Now a warp's rows of the tiles of K and V are read by itself alone.
 #pragma unroll
   for (int m = 0; m < SQUARES; m++) {
     put_rows<DIM>(shared + Shape::K, key_of_warp + 16 * m, t.dk[m], a.scale);
     put_rows<DIM>(shared + Shape::V, key_of_warp + 16 * m, t.dv[m], 1.f);
   }
   __syncwarp();
+  const int key0 = work.key0, kv_head = static_cast<int>(blockIdx.x % a.group.kv_heads);
   for (int i = static_cast<int>(threadIdx.x % 32); i < SQUARES * 16 * Row<DIM>::CHUNKS; i += 32) {
     int row = key_of_warp + i / Row<DIM>::CHUNKS, chunk = i % Row<DIM>::CHUNKS;
-    if (spans[0].key0 + row >= a.group.tokens) break;
-    int64_t at = (static_cast<int64_t>(spans[0].key0 + row) * a.group.kv_heads + kv_head) * DIM + chunk * 8;
+    if (key0 + row >= a.group.tokens) break;
+    int64_t at = (static_cast<int64_t>(key0 + row) * a.group.kv_heads + kv_head) * DIM + chunk * 8;
     *reinterpret_cast<uint4*>(a.dk + at) = *reinterpret_cast<uint4*>(shared + Shape::K + Row<DIM>::at(row, chunk));
     *reinterpret_cast<uint4*>(a.dv + at) = *reinterpret_cast<uint4*>(shared + Shape::V + Row<DIM>::at(row, chunk));
   }
 }
 
-template <int DIM, int WARPS, int SQUARES, int BLOCKS>
+template <int DIM, int WARPS, int SQUARES, bool V_HELD, int BLOCKS>
 int launch_keys(const Heads& grad, const Heads& q, const Heads& k, const Heads& v, const void* lse, const void* delta,
                 const void* segments, const void* tiles, const void* runs, int64_t num_tiles, int64_t tokens,
                 int kv_heads, int chunks, int log_pack, double scale, void* dk, void* dv, void* stream) {
@@ -358,7 +390,7 @@ int launch_keys(const Heads& grad, const Heads& q, const Heads& k, const Heads& 
       static_cast<bf16*>(dk), static_cast<bf16*>(dv), group(tokens, kv_heads, chunks, log_pack, q, grad),
       static_cast<float>(scale), static_cast<float>(scale * LOG2E)};
   if (!fits(grad) || !fits(q) || !fits(k) || !fits(v) || !fits(a.group, num_tiles * kv_heads)) return BAD_ARGUMENT;
-  return SIMT_LAUNCH((attention_backward_keys<DIM, WARPS, SQUARES, BLOCKS>),
+  return SIMT_LAUNCH((attention_backward_keys<DIM, WARPS, SQUARES, V_HELD, BLOCKS>),
                      dim3(static_cast<unsigned>(num_tiles * kv_heads)), dim3(Shape::THREADS), Shape::SHARED, stream, a);
 }
 

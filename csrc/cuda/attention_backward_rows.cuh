@@ -22,13 +22,19 @@ struct RowsSpan {
   int next;         // the index of the next span to look at
 };
 
+// In shared memory: registers are full.
+struct RowsWork {
+  QueryTile tile;
+  RowsSpan spans[SPANS];
+};
+
 // SQUARES times 16 rows a warp.
 template <int DIM, int WARPS, int SQUARES>
 struct RowsShape {
   static constexpr int THREADS = WARPS * 32, ROWS = WARPS * SQUARES * 16, KEYS = 64, STAGES = 2;
   static constexpr int TILE = KEYS * Row<DIM>::BYTES, STAGE = 2 * TILE;  // K, V
-  static constexpr int Q = 0, GRAD = ROWS * Row<DIM>::BYTES, FIRST = 2 * GRAD, SPANS = FIRST + STAGES * STAGE;
-  static constexpr int SHARED = SPANS + ::attention::SPANS * static_cast<int>(sizeof(RowsSpan));
+  static constexpr int Q = 0, GRAD = ROWS * Row<DIM>::BYTES, FIRST = 2 * GRAD, WORK = FIRST + STAGES * STAGE;
+  static constexpr int SHARED = WORK + static_cast<int>(sizeof(RowsWork));
 };
 
 // The first span that has keys, of index `index` on: whole blocks of the prefix, then of the only segment before the
@@ -162,21 +168,23 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
   using Shape = RowsShape<DIM, WARPS, SQUARES>;
   using Loader = KeysLoader<DIM, Shape>;
   SIMT_SHARED(unsigned char, shared);
-  auto* spans = reinterpret_cast<RowsSpan*>(shared + Shape::SPANS);
+  RowsWork& work = *reinterpret_cast<RowsWork*>(shared + Shape::WORK);
+  RowsSpan* spans = work.spans;
   const int log_pack = a.group.log_pack;
-  const QueryTile tile = query_tile(a.tiles, static_cast<int>(blockIdx.x), a.group.kv_heads, {0, 0, a.group.chunks});
-  if (tile.first >= tile.last) return;
-  const int64_t chunk = static_cast<int64_t>(tile.kv_head) * a.group.chunks + tile.chunk;
-  const int count = (tile.last - tile.first) << log_pack;
   const int row_of_warp = static_cast<int>(threadIdx.x / 32) * SQUARES * 16;
   const Squares<DIM> f;
 
   RowsTile<DIM, SQUARES> t = {};
-  if (threadIdx.x == 0) {
-    find_span<Shape>(spans[0], a, tile, 0);
-    find_span<Shape>(spans[1], a, tile, spans[0].next);
-  }
   {
+    const QueryTile tile = query_tile(a.tiles, static_cast<int>(blockIdx.x), a.group.kv_heads, {0, 0, a.group.chunks});
+    if (tile.first >= tile.last) return;
+    const int64_t chunk = static_cast<int64_t>(tile.kv_head) * a.group.chunks + tile.chunk;
+    const int count = (tile.last - tile.first) << log_pack;
+    if (threadIdx.x == 0) {
+      work.tile = tile;
+      find_span<Shape>(spans[0], a, tile, 0);
+      find_span<Shape>(spans[1], a, tile, spans[0].next);
+    }
     using Copy = RowsCopy<DIM, Shape::ROWS, Shape::THREADS>;
     const bf16* q = Copy::from(a.q, tile.first, chunk << log_pack, log_pack);
     const bf16* grad = Copy::from(a.grad, tile.first, chunk << log_pack, log_pack);
@@ -218,7 +226,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
     int rest = (spans[span].end - key) / Shape::KEYS - 1;
     if (spans[span].row1 == 0 && rest > 0) {  // blocks that all rows see, if the next one is such a block too
       key += rest * Shape::KEYS;
-      Loader loader(a, tile.kv_head, key - (rest - 1) * Shape::KEYS);
+      Loader loader(a, work.tile.kv_head, key - (rest - 1) * Shape::KEYS);
       do {
         cp_async_wait<0>();
         __syncthreads();
@@ -237,8 +245,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
     KeysPlace next = next_place(spans, span, key, Shape::KEYS);
     if (next.there) {
       const RowsSpan& n = spans[next.span];
-      Loader(a, tile.kv_head, next.key).part(shared + other, a, n.end - next.key);
-      if (next.span != span && threadIdx.x == 0) find_span<Shape>(spans[(span + 2) % SPANS], a, tile, n.next);
+      Loader(a, work.tile.kv_head, next.key).part(shared + other, a, n.end - next.key);
+      if (next.span != span && threadIdx.x == 0) find_span<Shape>(spans[(span + 2) % SPANS], a, work.tile, n.next);
     }
     int sees[SQUARES][2];
 #pragma unroll
@@ -246,7 +254,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         int row = row_of_warp + m * 16 + half * 8 + static_cast<int>(threadIdx.x % 32) / 4;
-        int token = tile.first + (row >> log_pack);
+        int token = work.tile.first + (row >> log_pack);
         sees[m][half] = s.row1 == 0 ? s.end - key : token >= s.row0 && token < s.row1 ? token + 1 - key : 0;
       }
 #pragma unroll 1
@@ -264,6 +272,9 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
 #pragma unroll
   for (int m = 0; m < SQUARES; m++) put_rows<DIM>(shared + Shape::Q, row_of_warp + 16 * m, t.dq[m], a.scale);
   __syncwarp();
+  const QueryTile& tile = work.tile;
+  const int64_t chunk = static_cast<int64_t>(tile.kv_head) * a.group.chunks + tile.chunk;
+  const int count = (tile.last - tile.first) << log_pack;
   const int64_t heads = static_cast<int64_t>(a.group.kv_heads * a.group.chunks) << log_pack;
   for (int i = static_cast<int>(threadIdx.x % 32); i < SQUARES * 16 * Row<DIM>::CHUNKS; i += 32) {
     int row = row_of_warp + i / Row<DIM>::CHUNKS, part = i % Row<DIM>::CHUNKS;
