@@ -1,10 +1,10 @@
 // What the attention kernels share: tiles of bf16 rows in shared memory, fragments of them, and who works on what.
 //
 // Fragments are those of mma.m16n8k16. A lane with number 4 g + p holds of a (16, 8) product rows g and g + 8, columns
-// 2 p and 2 p + 1. A 16 x 16 square of a tile is one ldmatrix_x4, always with the same address in a lane (Fragments):
-//   left operand, rows x depth            r = {r[0], r[1], r[2], r[3]}
-//   right operand, the tile is (n, depth)  its n 0..7: (r[0], r[2]), its n 8..15: (r[1], r[3])
-//   right operand, the tile is (depth, n), transposed: n 0..7: (r[0], r[1]), n 8..15: (r[2], r[3])
+// 2 p and 2 p + 1. A 16 x 16 square of a tile is one ldmatrix_x4 into r; operands stand in neighbouring registers:
+//   left operand, rows x depth              Fragments::left, r itself
+//   right operand, the tile is (n, depth)    Fragments::right, its n 0..7: (r[0], r[1]), its n 8..15: (r[2], r[3])
+//   right operand, the tile is (depth, n)    Fragments::left and ldmatrix_x4_trans, the same pairs
 #pragma once
 #include "device.cuh"
 
@@ -24,28 +24,41 @@ struct Row {
   static __device__ __forceinline__ int at(int row, int chunk) { return row * BYTES + ((chunk ^ (row & 7)) << 4); }
 };
 
-// Where this lane reads 16 x 16 squares of tiles whose rows have DIM numbers: only constants are added to four offsets.
+// The compiler takes it for a number that it knows nothing of: it stays in its register through a loop, where it would
+// else be made again in every turn.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDACC__
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+#endif
+  return x;
+}
+
+// Where this lane reads 16 x 16 squares of tiles whose rows have DIM numbers: one offset, and constants for each square.
 template <int DIM>
 struct Fragments {
-  int at[4];
-  __device__ __forceinline__ Fragments() {
-#pragma unroll
-    for (int j = 0; j < 4; j++) at[j] = Row<DIM>::at(threadIdx.x % 16, 2 * j + threadIdx.x % 32 / 16);
+  int at;
+  // The squares start at a row of the tile, a multiple of 8.
+  static __device__ __forceinline__ Fragments left(int row) {
+    return {opaque(Row<DIM>::at(row + threadIdx.x % 16, threadIdx.x % 32 / 16))};
+  }
+  static __device__ __forceinline__ Fragments right(int row) {
+    return {opaque(Row<DIM>::at(row + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2))};
   }
   // Rows 16 row.., columns 16 column.. of a tile; both known to the compiler.
   __device__ __forceinline__ int of(int row, int column) const {
-    return at[column % 4] + (column / 4 * 128 + row * 16 * Row<DIM>::BYTES);
+    return (at ^ column % 4 * 32) + (column / 4 * 128 + row * 16 * Row<DIM>::BYTES);
   }
 };
 
-// A (T, heads, DIM) tensor whose last dim is contiguous; strides in elements.
+// A (T, heads, DIM) tensor whose last dim is contiguous; strides in bytes.
 struct Heads {
-  const bf16* at;
+  const unsigned char* at;
   int64_t token, head;
 };
 
 // Copies ROWS rows of a tile by all THREADS of a block. `to` and `from` are this thread's chunk in the first rows:
-// row threadIdx.x / CHUNKS, chunk threadIdx.x % CHUNKS. Rows from `count` on are zeros; without a count all are there.
+// row threadIdx.x / CHUNKS, chunk threadIdx.x % CHUNKS; `step` is the bytes of STEP tokens. Rows from `count` on are
+// zeros; without a count all are there, and `from` goes on to the last of them: it is one step before the first at first.
 template <int DIM, int ROWS, int THREADS>
 struct TileCopy {
   static constexpr int STEP = THREADS / Row<DIM>::CHUNKS;  // rows at a time
@@ -53,17 +66,17 @@ struct TileCopy {
   static __device__ __forceinline__ int row() { return threadIdx.x / Row<DIM>::CHUNKS; }
   static __device__ __forceinline__ int chunk() { return threadIdx.x % Row<DIM>::CHUNKS; }
   static __device__ __forceinline__ int to() { return Row<DIM>::at(row(), chunk()); }
-  static __device__ __forceinline__ const bf16* from(const Heads& x, int64_t head) {
-    return x.at + (head * x.head + row() * x.token + chunk() * 8);
+  static __device__ __forceinline__ const unsigned char* from(const Heads& x, int head, int token) {
+    return x.at + ((token + row()) * x.token + head * x.head + chunk() * 16);
   }
-  static __device__ __forceinline__ void copy(unsigned char* to, const bf16* from, int64_t stride) {
+  static __device__ __forceinline__ void copy(unsigned char* to, const unsigned char*& from, int64_t step) {
 #pragma unroll
-    for (int i = 0; i < ROWS / STEP; i++, from += STEP * stride) cp_async16(to + i * STEP * Row<DIM>::BYTES, from);
+    for (int i = 0; i < ROWS / STEP; i++) cp_async16(to + i * STEP * Row<DIM>::BYTES, from += step);
   }
-  static __device__ __forceinline__ void copy(unsigned char* to, const bf16* from, int64_t stride, int count) {
+  static __device__ __forceinline__ void copy(unsigned char* to, const unsigned char* from, int64_t step, int count) {
     count -= row();
 #pragma unroll
-    for (int i = 0; i < ROWS / STEP; i++, from += STEP * stride)
+    for (int i = 0; i < ROWS / STEP; i++, from += step)
       cp_async16(to + i * STEP * Row<DIM>::BYTES, from, i * STEP < count);
   }
 };
@@ -83,28 +96,22 @@ __device__ __forceinline__ QueryTile query_tile(const int* tiles, int program, i
   return {row[0], row[1], row[2], row[3], rest / packing.chunks, rest % packing.chunks};
 }
 
-// Token and query head of a row of a tile.
+// Token and query head of a row of a tile; token -1 where there is none.
 struct TileRow {
   int token, head;
-  bool valid;
 };
 template <int ROWS>
 __device__ __forceinline__ TileRow tile_row(const QueryTile& t, const Packing& p, int row) {
   int token = row / p.pack, of_group = t.chunk * p.pack + row - token * p.pack;
   bool valid = token < ROWS / p.pack && of_group < p.ratio && t.first + token < t.last;
-  return {t.first + token, t.kv_head * p.ratio + of_group, valid};
+  return {valid ? t.first + token : -1, t.kv_head * p.ratio + of_group};
 }
 
-// Programs of a block in a launch of fewer blocks than programs. They stand longest first: each two rounds a block takes
-// one from the front and one from the back of 2 gridDim, so that all get as much.
-struct Snake {
-  int program, step;
-  __device__ __forceinline__ Snake()
-      : program(static_cast<int>(blockIdx.x)), step(2 * static_cast<int>(gridDim.x - blockIdx.x) - 1) {}
-  __device__ __forceinline__ void next() {
-    program += step;
-    step = 2 * static_cast<int>(gridDim.x) - step;
-  }
-};
+// A block's program in a round, in a launch of fewer blocks than programs. They stand longest first: a block is first in
+// one round and last in the next, so that all get as much.
+__device__ __forceinline__ int program_of(int round) {
+  int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  return round * blocks + (round % 2 ? blocks - 1 - block : block);
+}
 
 }  // namespace attention

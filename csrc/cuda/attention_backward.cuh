@@ -1,5 +1,9 @@
-// What the two kernels of attention's backward share. They are written for a warp that keeps the scores of a block in
-// registers: a product's layout is that of the next one's left operand, so no score passes through shared memory.
+// What the two kernels of attention's backward share.
+//
+// Scores stay in registers: a warp's products of scores have its own side (keys, or query rows) on the left and a tile
+// of the other side on the right, and so stand as the right operand of a product of gradients, which has the same tile,
+// transposed, on its left. Both read the tile by squares(). The gradients' sums then stand transposed: a lane
+// with number 4 g + p holds of (16, 8) of them the columns g and g + 8, rows 2 p and 2 p + 1.
 //
 // The lse and -delta of a row come from a workspace in the order of the blocks' rows: of T tokens, 2^log_pack query
 // heads and, slowest, the chunks of so many heads. The rows of a block are then one stretch, whatever the heads are.
@@ -15,53 +19,42 @@ constexpr int SPANS = 3;  // the one that is computed, the one that is loaded, t
 struct Group {
   int kv_heads, chunks, log_pack;
   int64_t tokens;
-  int64_t q_step, grad_step;  // elements between rows of a tile that are COPY_ROWS apart
+  int64_t q_step, grad_step;  // bytes between rows of a tile that are COPY_ROWS apart
   // Where the workspace has the row of a token and the first head of a chunk (counted over all kv heads).
   __device__ __forceinline__ int64_t row(int64_t chunk, int64_t token) const {
     return (chunk * tokens + token) << log_pack;
   }
 };
 
-// Rows of q or of the gradient as the rows of a tile: row r is token r >> log_pack, head r % 2^log_pack of a chunk.
+// Copies ROWS rows of a (T, heads, DIM) tensor to a tile by all threads of a block: row r is token r >> log_pack, head
+// r % 2^log_pack. `from` is this thread's chunk in the first COPY_ROWS rows, `step` the bytes between rows so far apart.
 template <int DIM, int ROWS, int THREADS>
 struct RowsCopy {
-  using Tile = TileCopy<DIM, ROWS, THREADS>;
-  static_assert(Tile::STEP == COPY_ROWS, "a thread's rows are whole tokens apart");
-  static __device__ __forceinline__ const bf16* from(const Heads& x, int64_t token, int64_t head, int log_pack) {
-    int row = Tile::row();
-    token += row >> log_pack;
-    head += row & ((1 << log_pack) - 1);
-    return x.at + (token * x.token + head * x.head + Tile::chunk() * 8);
+  static_assert(THREADS == COPY_ROWS * Row<DIM>::CHUNKS && ROWS % COPY_ROWS == 0, "a chunk for each thread");
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Row<DIM>::CHUNKS; }
+  static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % Row<DIM>::CHUNKS; }
+  static __device__ __forceinline__ const unsigned char* from(const Heads& x, int64_t token, int64_t head, int log_pack) {
+    token += row() >> log_pack;
+    head += row() & ((1 << log_pack) - 1);
+    return x.at + (token * x.token + head * x.head + chunk() * 16);
   }
   // Moves `from` on by ROWS. Rows from `count` on are zeros, unless the tile is WHOLE.
   template <bool WHOLE>
-  static __device__ __forceinline__ void copy(unsigned char* to, const bf16*& from, int64_t step, int count) {
-    count -= Tile::row();
+  static __device__ __forceinline__ void copy(unsigned char* tile, const unsigned char*& from, int64_t step, int count) {
+    unsigned char* to = tile + Row<DIM>::at(row(), chunk());
+    count -= row();
 #pragma unroll
     for (int i = 0; i < ROWS / COPY_ROWS; i++, from += step)
       cp_async16(to + i * COPY_ROWS * Row<DIM>::BYTES, from, WHOLE || i * COPY_ROWS < count);
   }
 };
 
-// Where this lane reads 16 x 16 squares, in an order that serves both products a tile has a part in, without a move of
-// registers: a right operand must be two adjacent ones.
-//   ldmatrix_x4, the tile is (n, depth) of a right operand    its n 0..7: r[0], r[1], its n 8..15: r[2], r[3]
-//   ldmatrix_x4_trans, the tile is (depth, rows) of a left    r
-// So a product of scores has the tile on its right, and a product of gradients, on its left, gives sums that stand
-// transposed: a lane with number 4 g + p holds of (16, 8) sums the columns g and g + 8 of the gradient, rows 2 p, 2 p + 1.
+// Fragments::right of a whole tile, made again rather than kept where registers are short.
 template <int DIM>
-struct Squares {
-  int at[4];
-  __device__ __forceinline__ Squares() {
-    int lane = static_cast<int>(threadIdx.x % 32);
-    at[0] = Row<DIM>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
-    for (int j = 1; j < 4; j++) at[j] = at[0] ^ 32 * j;
-  }
-  __device__ __forceinline__ int of(int row, int column) const {
-    return at[column % 4] + (column / 4 * 128 + row * 16 * Row<DIM>::BYTES);
-  }
-};
+__device__ __forceinline__ Fragments<DIM> squares() {
+  int lane = static_cast<int>(threadIdx.x % 32);
+  return {Row<DIM>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2)};
+}
 
 // Volatile: read at each use, so that it takes no registers between two.
 __device__ __forceinline__ void load16(uint32_t (&r)[4], const unsigned char* from) {
@@ -103,13 +96,15 @@ __device__ __forceinline__ void put_rows(unsigned char* tile, int row0, const fl
 
 // The launchers' checks of what their kernels' addresses depend on.
 inline bool fits(const Heads& x) {
-  return reinterpret_cast<uintptr_t>(x.at) % 16 == 0 && x.token % 8 == 0 && x.head % 8 == 0;
+  return reinterpret_cast<uintptr_t>(x.at) % 16 == 0 && x.token % 16 == 0 && x.head % 16 == 0;
 }
 inline bool fits(const Group& g, int64_t programs) {
   return g.tokens > 0 && g.tokens <= INT32_MAX && g.kv_heads > 0 && g.chunks > 0 && g.log_pack >= 0 &&
          1 << g.log_pack <= COPY_ROWS && programs > 0 && programs <= INT32_MAX;
 }
-inline Heads heads(const void* at, int64_t token, int64_t head) { return {static_cast<const bf16*>(at), token, head}; }
+inline Heads heads(const void* at, int64_t token, int64_t head) {  // strides in elements
+  return {static_cast<const unsigned char*>(at), token * 2, head * 2};
+}
 inline Group group(int64_t tokens, int kv_heads, int chunks, int log_pack, const Heads& q, const Heads& grad) {
   int64_t step = COPY_ROWS >> log_pack;
   return {kv_heads, chunks, log_pack, tokens, step * q.token, step * grad.token};

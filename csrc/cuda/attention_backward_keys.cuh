@@ -135,8 +135,8 @@ struct RowsLoader {
   const KeysArguments& a;
   unsigned char* shared;
 
-  __device__ __forceinline__ const bf16*& place(int which) const {
-    return reinterpret_cast<const bf16**>(shared + Shape::PLACES)[which * Shape::THREADS + threadIdx.x];
+  __device__ __forceinline__ const unsigned char*& place(int which) const {
+    return reinterpret_cast<const unsigned char**>(shared + Shape::PLACES)[which * Shape::THREADS + threadIdx.x];
   }
   // Which block is computed.
   __device__ __forceinline__ KeysBlock& block() const {
@@ -148,16 +148,16 @@ struct RowsLoader {
     int64_t head = static_cast<int64_t>(chunk) << a.group.log_pack;
     place(0) = Copy::from(a.q, token, head, a.group.log_pack);
     place(1) = Copy::from(a.grad, token, head, a.group.log_pack);
-    // Its bits only: of the lse of a row, for the first ROWS threads.
-    place(2) = reinterpret_cast<const bf16*>(a.lse + a.group.row(chunk, token) + threadIdx.x);
+    // Of the lse of a row, for the first ROWS threads.
+    place(2) = reinterpret_cast<const unsigned char*>(a.lse + a.group.row(chunk, token) + threadIdx.x);
   }
   // A whole block, or the first `count` rows and zeros behind them; moves on to the next one.
   template <bool WHOLE>
   __device__ __forceinline__ void copy(unsigned char* stage, int count) const {
-    const bf16 *q = place(0), *grad = place(1);
+    const unsigned char *q = place(0), *grad = place(1);
     const float* values = reinterpret_cast<const float*>(place(2));
-    Copy::template copy<WHOLE>(stage + Copy::Tile::to(), q, a.group.q_step, count);
-    Copy::template copy<WHOLE>(stage + Shape::TILE + Copy::Tile::to(), grad, a.group.grad_step, count);
+    Copy::template copy<WHOLE>(stage, q, a.group.q_step, count);
+    Copy::template copy<WHOLE>(stage + Shape::TILE, grad, a.group.grad_step, count);
     if (threadIdx.x < Shape::ROWS) {
       unsigned char* to = stage + 2 * Shape::TILE + threadIdx.x / 2 * Shape::PAIR + threadIdx.x % 2 * 4;
       bool there = WHOLE || static_cast<int>(threadIdx.x) < count;
@@ -167,7 +167,7 @@ struct RowsLoader {
     }
     place(0) = q;
     place(1) = grad;
-    place(2) = reinterpret_cast<const bf16*>(values + Shape::ROWS);
+    place(2) = reinterpret_cast<const unsigned char*>(values + Shape::ROWS);
     cp_async_commit();
   }
 };
@@ -182,7 +182,7 @@ struct KeysTile {
 // 16 rows of a block. bounds, where it is MASKED: of the lane's first key.
 template <bool MASKED, bool V_HELD, int DIM, int SQUARES, class Shape>
 __device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, const unsigned char* shared, int stage,
-                                         const Squares<DIM>& f, int slice, float scale_log2, const Bound* bounds) {
+                                         const Fragments<DIM>& f, int slice, float scale_log2, const Bound* bounds) {
   const unsigned char *q = shared + stage, *grad = q + Shape::TILE;
   const unsigned char* values = grad + Shape::TILE + threadIdx.x % 4 * Shape::PAIR + slice * 8 * Shape::PAIR;
   float s[SQUARES][2][4], dp[SQUARES][2][4];
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(Ke
   KeysWork& work = *reinterpret_cast<KeysWork*>(shared + Shape::WORK);
   KeysSpan* spans = work.spans;
   const int key_of_warp = static_cast<int>(threadIdx.x / 32) * SQUARES * 16;
-  const Squares<DIM> f;
+  const Fragments<DIM> f = squares<DIM>();
 
   KeysTile<DIM, SQUARES> t = {};
   {
@@ -288,10 +288,11 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(Ke
     __syncthreads();
     const int kv_head = static_cast<int>(blockIdx.x % a.group.kv_heads);
     const int64_t key0 = work.key0;
-    using Copy = TileCopy<DIM, Shape::KEYS, Shape::THREADS>;
+    using Copy = RowsCopy<DIM, Shape::KEYS, Shape::THREADS>;
     int count = static_cast<int>(min(a.group.tokens - key0, static_cast<int64_t>(Shape::KEYS)));
-    Copy::copy(shared + Shape::K + Copy::to(), Copy::from(a.k, kv_head) + key0 * a.k.token, a.k.token, count);
-    Copy::copy(shared + Shape::V + Copy::to(), Copy::from(a.v, kv_head) + key0 * a.v.token, a.v.token, count);
+    const unsigned char *k = Copy::from(a.k, key0, kv_head, 0), *v = Copy::from(a.v, key0, kv_head, 0);
+    Copy::template copy<false>(shared + Shape::K, k, COPY_ROWS * a.k.token, count);
+    Copy::template copy<false>(shared + Shape::V, v, COPY_ROWS * a.v.token, count);
     cp_async_commit();
     const KeysSpan& first = spans[0];
     if (first.begin < first.end) {
@@ -302,14 +303,13 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(Ke
     }
     cp_async_wait<1>();
     __syncthreads();
-    const Fragments<DIM> left;
+    const Fragments<DIM> left = Fragments<DIM>::left(key_of_warp);
 #pragma unroll
     for (int m = 0; m < SQUARES; m++)
 #pragma unroll
       for (int c = 0; c < DIM / 16; c++) {
-        const unsigned char* tile = shared + key_of_warp * Row<DIM>::BYTES;
-        ldmatrix_x4(t.k[m][c], tile + Shape::K + left.of(m, c));
-        ldmatrix_x4(t.v[m][c], tile + Shape::V + left.of(m, c));
+        ldmatrix_x4(t.k[m][c], shared + Shape::K + left.of(m, c));
+        ldmatrix_x4(t.v[m][c], shared + Shape::V + left.of(m, c));
       }
     if (!V_HELD) {
       __syncthreads();

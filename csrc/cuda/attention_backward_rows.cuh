@@ -79,20 +79,14 @@ __device__ __forceinline__ KeysPlace next_place(const RowsSpan* spans, int span,
 // Copies blocks of keys to stages, and goes on.
 template <int DIM, class Shape>
 struct KeysLoader {
-  using Copy = TileCopy<DIM, Shape::KEYS, Shape::THREADS>;
-  const bf16 *k, *v;
-  __device__ __forceinline__ KeysLoader(const RowsArguments& a, int64_t kv_head, int64_t key)
-      : k(Copy::from(a.k, kv_head) + key * a.k.token), v(Copy::from(a.v, kv_head) + key * a.v.token) {}
-  __device__ __forceinline__ void whole(unsigned char* stage, const RowsArguments& a) {
-    Copy::copy(stage + Copy::to(), k, a.k.token);
-    Copy::copy(stage + Shape::TILE + Copy::to(), v, a.v.token);
-    k += Shape::KEYS * a.k.token;
-    v += Shape::KEYS * a.v.token;
-    cp_async_commit();
-  }
-  __device__ __forceinline__ void part(unsigned char* stage, const RowsArguments& a, int count) {
-    Copy::copy(stage + Copy::to(), k, a.k.token, count);
-    Copy::copy(stage + Shape::TILE + Copy::to(), v, a.v.token, count);
+  using Copy = RowsCopy<DIM, Shape::KEYS, Shape::THREADS>;
+  const unsigned char *k, *v;
+  __device__ __forceinline__ KeysLoader(const RowsArguments& a, int kv_head, int key)
+      : k(Copy::from(a.k, key, kv_head, 0)), v(Copy::from(a.v, key, kv_head, 0)) {}
+  template <bool WHOLE>
+  __device__ __forceinline__ void copy(unsigned char* stage, const RowsArguments& a, int count) {
+    Copy::template copy<WHOLE>(stage, k, COPY_ROWS * a.k.token, count);
+    Copy::template copy<WHOLE>(stage + Shape::TILE, v, COPY_ROWS * a.v.token, count);
     cp_async_commit();
   }
 };
@@ -107,7 +101,7 @@ struct RowsTile {
 
 // 16 keys of a block. sees, where it is MASKED: how many keys of the block a row sees.
 template <bool MASKED, int DIM, int SQUARES, class Shape>
-__device__ __forceinline__ void add_keys(RowsTile<DIM, SQUARES>& t, const unsigned char* stage, const Squares<DIM>& f,
+__device__ __forceinline__ void add_keys(RowsTile<DIM, SQUARES>& t, const unsigned char* stage, const Fragments<DIM>& f,
                                          int slice, float scale_log2, const int (&sees)[SQUARES][2]) {
   const unsigned char *k = stage, *v = stage + Shape::TILE;
   float s[SQUARES][2][4], dp[SQUARES][2][4];
@@ -172,7 +166,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
   RowsSpan* spans = work.spans;
   const int log_pack = a.group.log_pack;
   const int row_of_warp = static_cast<int>(threadIdx.x / 32) * SQUARES * 16;
-  const Squares<DIM> f;
+  const Fragments<DIM> f = squares<DIM>();
 
   RowsTile<DIM, SQUARES> t = {};
   {
@@ -186,14 +180,14 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
       find_span<Shape>(spans[1], a, tile, spans[0].next);
     }
     using Copy = RowsCopy<DIM, Shape::ROWS, Shape::THREADS>;
-    const bf16* q = Copy::from(a.q, tile.first, chunk << log_pack, log_pack);
-    const bf16* grad = Copy::from(a.grad, tile.first, chunk << log_pack, log_pack);
-    Copy::template copy<false>(shared + Shape::Q + Copy::Tile::to(), q, a.group.q_step, count);
-    Copy::template copy<false>(shared + Shape::GRAD + Copy::Tile::to(), grad, a.group.grad_step, count);
+    const unsigned char* q = Copy::from(a.q, tile.first, chunk << log_pack, log_pack);
+    const unsigned char* grad = Copy::from(a.grad, tile.first, chunk << log_pack, log_pack);
+    Copy::template copy<false>(shared + Shape::Q, q, a.group.q_step, count);
+    Copy::template copy<false>(shared + Shape::GRAD, grad, a.group.grad_step, count);
     cp_async_commit();
     __syncthreads();
     if (spans[0].begin < spans[0].end)
-      Loader(a, tile.kv_head, spans[0].begin).part(shared + Shape::FIRST, a, spans[0].end - spans[0].begin);
+      Loader(a, tile.kv_head, spans[0].begin).template copy<false>(shared + Shape::FIRST, a, spans[0].end - spans[0].begin);
     else
       cp_async_commit();
     const int64_t values = a.group.row(chunk, tile.first);
@@ -209,14 +203,13 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
       }
     cp_async_wait<1>();
     __syncthreads();
-    const Fragments<DIM> left;
+    const Fragments<DIM> left = Fragments<DIM>::left(row_of_warp);
 #pragma unroll
     for (int m = 0; m < SQUARES; m++)
 #pragma unroll
       for (int c = 0; c < DIM / 16; c++) {
-        const unsigned char* rows = shared + row_of_warp * Row<DIM>::BYTES;
-        ldmatrix_x4(t.q[m][c], rows + Shape::Q + left.of(m, c));
-        ldmatrix_x4(t.grad[m][c], rows + Shape::GRAD + left.of(m, c));
+        ldmatrix_x4(t.q[m][c], shared + Shape::Q + left.of(m, c));
+        ldmatrix_x4(t.grad[m][c], shared + Shape::GRAD + left.of(m, c));
       }
   }
 
@@ -230,7 +223,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
       do {
         cp_async_wait<0>();
         __syncthreads();
-        loader.whole(shared + other, a);
+        loader.template copy<true>(shared + other, a, 0);
 #pragma unroll
         for (int slice = 0; slice < Shape::KEYS / 16; slice++)
           add_keys<false, DIM, SQUARES, Shape>(t, shared + stage, f, slice, a.scale_log2, {});
@@ -245,7 +238,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
     KeysPlace next = next_place(spans, span, key, Shape::KEYS);
     if (next.there) {
       const RowsSpan& n = spans[next.span];
-      Loader(a, work.tile.kv_head, next.key).part(shared + other, a, n.end - next.key);
+      Loader(a, work.tile.kv_head, next.key).template copy<false>(shared + other, a, n.end - next.key);
       if (next.span != span && threadIdx.x == 0) find_span<Shape>(spans[(span + 2) % SPANS], a, work.tile, n.next);
     }
     int sees[SQUARES][2];

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int turn = 0; turn < heads; turn += THREADS / LANES) {  // all lanes of a warp take part in the sums
     int head = min(turn + first, heads - 1);
     int64_t row = token * heads + head;
-    uint4 x = *reinterpret_cast<const uint4*>(grad.at + token * grad.token + head * grad.head + lane * 8);
+    uint4 x = *reinterpret_cast<const uint4*>(grad.at + token * grad.token + head * grad.head + lane * 16);
     uint4 y = *reinterpret_cast<const uint4*>(out + row * DIM + lane * 8);
     uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
     float sum = 0;
