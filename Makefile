@@ -3,10 +3,11 @@
 #   make demo    train the built-in model on a CPU and compare it before and after
 #   make test    the fast tests          make lint    ruff
 #   make bench   hpsafety against its peers, in .venv-bench; BENCH=score, reward, generate, ppo or distill, not sft
-#   make test-mutations   plants bugs in the C++ and Triton kernels; the tests must notice each
-#   make test-kernels     Triton kernels on drawn shapes, many of them
-#   make test-ladder      the GPU kernels without a GPU, on small shapes: interpreter, memory, machine code, a fifth of the
-#                         mutants (FIFTH=0 to 4)
+#   make test-mutations   plants bugs in the C++, Triton and CUDA kernels; the tests must notice each
+#   make test-kernels     Triton and CUDA kernels on drawn shapes, many of them
+#   make test-cuda        CUDA kernels on an emulated GPU: numbers, races, bounds, orders
+#   make test-ladder      the GPU kernels without a GPU, small: interpreter and emulation, memory, machine code, a fifth of
+#                         the mutants (FIFTH=0 to 4)
 #   make clean   removes what was built  make distclean   removes the environments too
 #
 # PYTHON=python3.12 make demo     uses that Python
@@ -18,17 +19,17 @@ ARGS ?=
 BENCH ?= sft
 PY := $(VENV)/bin/python
 SET_UP := $(PY) make/environment.py
-SOURCES := setup.py $(shell find csrc -type f -name '*.[ch]*' 2>/dev/null)
+SOURCES := setup.py $(shell find csrc/*.cpp csrc/cpu csrc/cuda -type f -name '*.[ch]*' 2>/dev/null)
 RUN_BENCH := $(PY) -m bench.end_to_end.$(BENCH)
 
 FIFTH ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 
-.PHONY: demo test test-mutations test-kernels test-ladder lint bench clean distclean help
+.PHONY: demo test test-mutations test-kernels test-cuda test-ladder lint bench clean distclean help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@sed -n '3,13s/^# *//p' Makefile
+	@sed -n '3,14s/^# *//p' Makefile
 
 demo: $(VENV)/.built $(VENV)/.demo
 	@$(PY) -m hpsafety demo $(ARGS)
@@ -40,13 +41,17 @@ test-mutations: $(VENV)/.built $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m tests.mutations.run $(ARGS)
 
 test-kernels: $(VENV)/.built $(VENV)/.test
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 -m "sweep or not slow" tests/triton $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 -m "sweep or not slow" tests/triton tests/cuda $(ARGS)
+
+test-cuda: $(VENV)/.built $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not sweep" tests/cuda $(ARGS)
 
 # make test has interpreted and audited the kernels already; here is what it leaves out.
 test-ladder: $(VENV)/.built $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/triton $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not sweep" tests/cuda $(ARGS)
 	@$(PY) -m bench.static --check
-	@OMP_NUM_THREADS=1 $(PY) -m tests.mutations.run --only triton --fifth $(FIFTH)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.mutations.run --only triton cuda --fifth $(FIFTH)
 
 lint: $(VENV)/.lint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -28,6 +28,7 @@ X86 = {
 }
 CUDA = ROOT / "csrc" / "cuda"
 CUDA_ARCHS = ("80", "90a")
+CUDA_CODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
 
 
@@ -42,8 +43,30 @@ def cuda_texts(source: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in (source, *sorted(CUDA.glob("*.cuh")))}
 
 
+def cuda_objects(program: str, folder: Path, jobs: int) -> dict[Path, Path]:
+    """Every file of csrc/cuda and its object, with code for all of CUDA_ARCHS, compiled where it is not in `folder`."""
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        texts = [part for pair in cuda_texts(source).items() for part in pair]
+        parts = "\0".join([version, *CUDA_CODE, *CUDA_FLAGS, source.name, *texts])
+        path = folder / f"{source.stem}.{hashlib.sha256(parts.encode()).hexdigest()[:16]}.o"
+        if not path.exists():
+            fresh = path.with_suffix(f".{os.getpid()}")
+            subprocess.run(
+                [program, *CUDA_FLAGS, *CUDA_CODE, "-c", str(source), "-o", str(fresh)], check=True
+            )
+            fresh.replace(path)
+        return path
+
+    sources = sorted(CUDA.glob("*.cu"))
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(sources, pool.map(compile_one, sources), strict=True))
+
+
 def build_cuda(out: Path, folder: Path, jobs: int) -> bool:
-    """Compiles csrc/cuda/*.cu into the library `out`; objects are kept in `folder` by content. False without nvcc."""
+    """Links csrc/cuda into the library `out`; objects are kept in `folder` by content. False without nvcc."""
     program = nvcc()
     if os.environ.get("HPSAFETY_CUDA") == "0" or program is None:
         why = "HPSAFETY_CUDA=0 is set" if program else (
@@ -52,47 +75,14 @@ def build_cuda(out: Path, folder: Path, jobs: int) -> bool:
         )  # fmt: skip
         print(f"hpsafety: going without the CUDA kernels ({why}); the Triton kernels serve on a GPU")
         return False
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source: Path) -> Path:
-        parts = [
-            version,
-            *archs,
-            *CUDA_FLAGS,
-            source.name,
-            *(x for pair in cuda_texts(source).items() for x in pair),
-        ]
-        path = folder / f"{source.stem}.{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.o"
-        if not path.exists():
-            fresh = path.with_suffix(f".{os.getpid()}")
-            subprocess.run([program, *CUDA_FLAGS, *archs, "-c", str(source), "-o", str(fresh)], check=True)
-            fresh.replace(path)
-        return path
-
-    with ThreadPoolExecutor(jobs) as pool:
-        objects = [str(path) for path in pool.map(compile_one, sorted(CUDA.glob("*.cu")))]
+    objects = [str(path) for path in cuda_objects(program, folder, jobs).values()]
     record = folder / f"{out.name}.objects"
     if out.exists() and record.exists() and record.read_text() == "\n".join(objects):
         return True
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_suffix(f".{os.getpid()}")
-    subprocess.run(
-        [
-            program,
-            "-shared",
-            "-cudart",
-            "static",
-            "-Xlinker",
-            "--exclude-libs=ALL",
-            *archs,
-            *objects,
-            "-o",
-            str(fresh),
-        ],
-        check=True,
-    )
+    link = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL", *CUDA_CODE]
+    subprocess.run([program, *link, *objects, "-o", str(fresh)], check=True)
     fresh.replace(out)
     record.write_text("\n".join(objects))
     return True

@@ -71,8 +71,9 @@ class Check:
 
 
 def kernel_tests(check: Check) -> dict:
-    """The Triton tests: on the device, against the fp64 oracle; dry: one op's, interpreted."""
-    tests = ["tests/triton/test_rms_norm.py"] if check.dry else ["tests/triton", "-m", "not slow"]
+    """Triton's and CUDA's tests: on the device, against the fp64 oracle; dry: an op's of each, on the CPU."""
+    small = ["tests/triton/test_rms_norm.py", "tests/cuda/test_reward_score.py", "-k", "not replay"]
+    tests = small if check.dry else ["tests/triton", "tests/cuda", "-m", "not slow"]
     out = check.run("pytest", "-q", "-p", "no:cacheprovider", *tests)
     return {"summary": out.strip().splitlines()[-1]}
 
@@ -82,15 +83,33 @@ def ops_table(check: Check) -> dict:
     return {"table": check.run("hpsafety", "ops").splitlines()}
 
 
+def defaults(rows: list[dict]) -> list[dict]:
+    """Of each op, shape, dtype and direction that Triton and CUDA were timed at: which is faster, and by how much."""
+    cases: dict[tuple, dict] = {}
+    for row in rows:
+        if row["impl"] in ("triton", "cuda"):
+            key = (row["op"], json.dumps(row["shape"]), row["dtype"], row["direction"])
+            cases.setdefault(key, {})[row["impl"]] = row["ms_p50"]
+    out = []
+    for (op, shape, dtype, direction), ms in cases.items():
+        if len(ms) == 2:
+            best = min(ms, key=ms.get)
+            ratio = round(max(ms.values()) / min(ms.values()), 3)
+            out.append({"op": op, "shape": json.loads(shape), "dtype": dtype, "direction": direction,
+                        "default": best, "times_faster": ratio})  # fmt: skip
+            print(f"  {op} {shape} {dtype} {direction}: {best} should be the default, {ratio} times faster")
+    return out
+
+
 def microbenchmarks(check: Check) -> dict:
-    """Median times and the share of this machine's limit, per op."""
+    """Median times and the share of this machine's limit, per op and backend; which of two backends is the better."""
     out, rows = check.work / "ops.json", []
     names = ["swiglu", "--shape", "T=64,F=64", "--seconds", "0.05"] if check.dry else ["all"]
     for dtype in ("float32",) if check.dry else ("float32", "bfloat16"):
         check.run("hpsafety", "bench", *names, "--dtype", dtype, "--device", check.device, "--json", str(out))
         report = json.loads(out.read_text(encoding="utf-8"))
         rows += [{k: v for k, v in row.items() if k != "samples_ms"} for row in report["rows"]]
-    return {"rows": rows}
+    return {"rows": rows, "defaults": defaults(rows)}
 
 
 @functools.cache

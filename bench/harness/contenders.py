@@ -76,7 +76,8 @@ def contenders(
     over (in a run of all ops, which do not all have the same peers).
     """
     device = case.device.split(":")[0]
-    missing = {impl: backends.unavailable(case.op, impl, case.impls, device) for impl in case.impls}
+    of_case = (case.impls, device, case.dtype, case.shape.get("K"))
+    missing = {impl: backends.unavailable(case.op, impl, *of_case) for impl in case.impls}
     if wanted is None:
         ours = [impl for impl in case.impls if missing[impl] is None]
         names = ours + [peer for peer in case.peers if peer not in case.on_request]

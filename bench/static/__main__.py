@@ -17,6 +17,21 @@ from bench.static import check, record, table
 REMEDY = "run python -m bench.static --write and commit bench/results/static.json"
 
 
+def gather_cuda(names: list[str]) -> list[dict]:
+    """Rows of CUDA ops now; those of the file where there is no nvcc, if they are of these sources."""
+    from bench.static import cuda
+
+    if cuda.setup().nvcc() is not None:
+        return cuda.rows(names)
+    if names:
+        say("no nvcc here: the CUDA kernels' rows are taken as they stand in static.json")
+    return [
+        row
+        for row in record.read()
+        if row["op"].removeprefix(cuda.PREFIX) in names and row["op"] not in names
+    ]
+
+
 def gather(names: list[str], everything: bool) -> tuple[list[dict], dict]:
     """(rows of these ops now, whether each kernel has a tl.dot); rows of the file stand where nothing changed."""
     from bench.static import launches
@@ -84,20 +99,26 @@ def main(args: list[str] | None = None) -> int:
         return 2
     import triton
 
-    from bench.static import launches
+    from bench.static import cuda, launches
 
-    unknown = set(given.op) - set(launches.ops())
+    every = [*launches.ops(), *(cuda.PREFIX + op for op in cuda.ops())]
+    unknown = set(given.op) - set(every)
     if unknown:
-        say(f"no such case: {', '.join(sorted(unknown))}; cases: {', '.join(launches.ops())}")
+        say(f"no such case: {', '.join(sorted(unknown))}; cases: {', '.join(every)}")
         return 2
-    names = given.op or launches.ops()
+    names = given.op or every
+    cuda_names = [name.removeprefix(cuda.PREFIX) for name in names if name.startswith(cuda.PREFIX)]
+    triton_names = [name for name in names if not name.startswith(cuda.PREFIX)]
     if given.stale:
-        found = stale(names)
+        found = stale(triton_names) + cuda.stale(record.read(), cuda_names)
         print("\n".join(found + [REMEDY] * bool(found)) or "static.json is of these sources")
         return bool(found)
-    rows, dots = gather(names, given.all)
+    rows, dots = gather(triton_names, given.all)
     old = record.read()
     found = [check.faults(row, check.shared_bytes(row["op"]), dots[row["op"], row["kernel"]]) for row in rows]
+    cuda_rows = gather_cuda(cuda_names)
+    found += [check.cuda_faults(row) for row in cuda_rows]
+    rows += cuda_rows
     faults = list(
         dict.fromkeys([line for lines in found for line in lines] + check.missing_tensor_cores(rows))
     )

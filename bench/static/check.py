@@ -56,6 +56,17 @@ def faults(row: dict, declared: tuple[int, int] | None, dots: bool) -> list[str]
     return [f"{name(row)}: {line}" for line in out]
 
 
+def cuda_faults(row: dict) -> list[str]:
+    """The same of a CUDA kernel's row: nothing may spill in a loop, and a kernel of csrc/cuda is launched."""
+    out = []
+    arch = int(row["arch"].removeprefix("sm_"))
+    if row["loop_spill"] or hot(row).get("spill", 0):
+        out.append(f"a loop spills {max(row['loop_spill'], hot(row).get('spill', 0))} bytes")
+    if row["shared"] > sass.LIMITS[arch][3]:
+        out.append(f"{row['shared']} bytes of shared memory, a block has {sass.LIMITS[arch][3]} at most")
+    return [f"{name(row)}: {line}" for line in out]
+
+
 def missing_tensor_cores(rows: list[dict]) -> list[str]:
     """Launch functions of TENSOR_CORES none of whose kernels has a tensor-core instruction, chip by chip."""
     out = []

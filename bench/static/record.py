@@ -36,8 +36,10 @@ def make_row(one, figures: dict) -> dict:
         "hash": one.hash,
         "calls": calls,
     }
-    if "error" in figures:
-        return head | figures
+    return head | figures if "error" in figures else compact_row(head, figures)
+
+
+def compact_row(head: dict, figures: dict) -> dict:
     body = dict(figures)
     body["occupancy"] = [*body["occupancy"].values()]
     if body["hot"] == body["whole"]:

@@ -308,11 +308,21 @@ def disassemble(cubin: bytes) -> str:
 
 
 def profile(cubin: bytes, arch: int, warps: int, shared: int) -> dict:
-    """A kernel's figures. `shared` is what a launch asks for, in bytes; the code does not say it."""
+    """The figures of a cubin's one kernel. `shared` is what a launch asks for, in bytes; the code does not say it."""
     text = disassemble(cubin)
     (name, code), *rest = parse(text).items()
     assert not rest, f"one kernel in a cubin, not {[name, *(other for other, _ in rest)]}"
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    return figures(code, *usage(text)[name], arch, warps, shared)
+
+
+def usage(text: str) -> dict[str, tuple[int, int]]:
+    """Registers and bytes of stack of each function, of `cuobjdump -res-usage`."""
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
+    return {name: (int(registers), int(stack)) for name, registers, stack in found}
+
+
+def figures(code: list[Instruction], registers: int, stack: int, arch: int, warps: int, shared: int) -> dict:
+    """A kernel's figures as they stand in static.json."""
     loop, spill = hot(Graph(code))
     whole, inside = count(code), count(loop)
     out = {"registers": registers, "stack": stack, "shared": shared, "warps": warps, "loop_spill": spill}

@@ -123,6 +123,19 @@ inline void mark_atomic(void* p, size_t bytes) {
   }
 }
 
+// ---- what was launched, a line each: kernel, blocks, threads, bytes of shared memory. `dry`: and not run
+inline bool dry = false;
+inline std::string launched;
+template <auto Kernel>
+const char* name_of() {
+  return __PRETTY_FUNCTION__;
+}
+inline void note(const char* name, dim3 g, dim3 b, size_t bytes) {
+  if (launched.size() > (1 << 20)) launched.clear();  // nobody reads it
+  launched += std::string(name) + "|" + std::to_string(size_t{g.x} * g.y * g.z) + "|" + std::to_string(b.x * b.y * b.z) + "|" +
+              std::to_string(bytes) + "\n";
+}
+
 // ---- a launch
 inline void begin_launch(dim3 g, dim3 b, size_t bytes) {
   grid = g;

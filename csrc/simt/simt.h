@@ -28,7 +28,8 @@
 #define SIMT_SHARED(T, name) T* name = reinterpret_cast<T*>(simt::shared)
 #define SIMT_NAME(...) __VA_ARGS__
 #define SIMT_LAUNCH(kernel, grid, block, bytes, stream, ...) \
-  ((void)(stream), simt::launch((grid), (block), (bytes), [=] { SIMT_NAME kernel(__VA_ARGS__); }), 0)
+  (simt::note(simt::name_of<SIMT_NAME kernel>(), (grid), (block), (bytes)), (void)(stream),               \
+   simt::dry ? (void)0 : simt::launch((grid), (block), (bytes), [=] { SIMT_NAME kernel(__VA_ARGS__); }), 0)
 #define threadIdx (simt::me->index)
 #define blockIdx (simt::me->block)
 #define blockDim (simt::block)
@@ -154,6 +155,11 @@ inline std::common_type_t<A, B> max(A a, B b) {
 // Of the whole library that holds the emulated kernels.
 extern "C" {
 __attribute__((weak, visibility("default"))) int simt_emulated() { return 1; }
+__attribute__((weak, visibility("default"))) void simt_dry(int on) {
+  simt::dry = on;
+  simt::launched.clear();
+}
+__attribute__((weak, visibility("default"))) const char* simt_launched() { return simt::launched.c_str(); }
 __attribute__((weak, visibility("default"))) uint64_t simt_matrices() { return simt::matrices; }
 __attribute__((weak, visibility("default"))) uint64_t simt_turns() { return simt::turns; }
 }

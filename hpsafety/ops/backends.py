@@ -158,6 +158,26 @@ def cuda_unavailable(op: str, device: str, dtype: torch.dtype | None, head_dim: 
     return reason
 
 
+# (op, major compute capability) where the CUDA kernels come before Triton's: by the model of time over both's machine
+# code (bench/static/predict.py), which tests/cuda/test_static.py holds this to, until bench/gpu_check.sh has measured.
+CUDA_FIRST: frozenset[tuple[str, int]] = frozenset()
+
+
+def in_order(op: str, backends: tuple[str, ...], major: int | None) -> tuple[str, ...]:
+    """An op's backends as they are asked on a GPU of this major compute capability (None: not known)."""
+    if (op, major) not in CUDA_FIRST:
+        return backends
+    rest = [name for name in backends if name != "cuda"]
+    rest.insert(rest.index("triton"), "cuda")
+    return tuple(rest)
+
+
+def _major(device: str) -> int | None:
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).major
+
+
 @functools.cache
 def _say_once(line: str) -> None:
     log.info(line)
@@ -216,7 +236,7 @@ def resolve(
         if reason is not None:
             raise ValueError(reason) if impl not in IMPLS else BackendUnavailable(reason)
         return impl
-    for name in backends:
+    for name in in_order(op, backends, _major(device)):
         reason = unavailable(op, name, backends, device, dtype, head_dim)
         if reason is None:
             return name

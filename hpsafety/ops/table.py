@@ -26,6 +26,21 @@ OPS = {
 }
 
 
+CHIPS = {8: "sm_80", 9: "sm_90"}
+
+
+def _on_gpus(op: str, impl: str, have: tuple[str, ...]) -> str:
+    """On which chips a backend that has a rival there comes first."""
+    if "cuda" not in have:
+        return "first on every GPU"
+    first = [
+        name
+        for major, name in CHIPS.items()
+        if next(one for one in backends.in_order(op, have, major) if one in ("triton", "cuda")) == impl
+    ]
+    return f"by the model of time first on {' and '.join(first) or 'no GPU'}"
+
+
 def table() -> list[dict]:
     """One row per op and backend: {"op", "backend", "available", "why"}; the serving one says so in "why"."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,5 +55,7 @@ def table() -> list[dict]:
                 why = f"serves on {device}"
             elif impl == "reference":
                 why = "the oracle; serves where no other backend does"
+            if impl in ("triton", "cuda") and impl in have:
+                why += f"; {_on_gpus(op, impl, have)}"
             rows.append({"op": op, "backend": impl, "available": reason is None, "why": why})
     return rows

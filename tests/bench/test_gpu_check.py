@@ -57,3 +57,15 @@ def test_every_part_in_dry_mode(tmp_path):
     code, result = dry(tmp_path, *gpu_check.PARTS)
     assert code == 0, result["parts"]
     assert result["parts"].keys() == gpu_check.PARTS.keys()
+
+
+def test_the_faster_backend_should_be_the_default(capsys):
+    row = {"op": "gae", "shape": {"N": 5}, "dtype": "float32", "direction": "forward"}
+    rows = [
+        row | {"impl": "cuda", "ms_p50": 2.0},
+        row | {"impl": "triton", "ms_p50": 3.0},
+        row | {"impl": "triton", "ms_p50": 3.0, "dtype": "bfloat16"},
+        row | {"impl": "cpu", "ms_p50": 1.0},
+    ]
+    assert gpu_check.defaults(rows) == [row | {"default": "cuda", "times_faster": 1.5}]
+    assert "cuda should be the default, 1.5 times faster" in capsys.readouterr().out

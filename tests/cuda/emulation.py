@@ -5,6 +5,7 @@
 Objects are kept in build/simt by content. The emulated library is what HPSAFETY_CUDA_LIBRARY names in the tests.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -57,12 +58,15 @@ def _run(command: list[str], cwd: Path) -> None:
 
 
 def _make(path: Path, build) -> Path:
-    """build(fresh path) unless the path stands; whole or not at all."""
+    """build(fresh path) unless the path stands; whole or not at all, and by one process at a time."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}")
-        build(fresh)
-        fresh.replace(path)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                fresh = path.with_suffix(f".{os.getpid()}")
+                build(fresh)
+                fresh.replace(path)
     return path
 
 

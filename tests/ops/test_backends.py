@@ -141,3 +141,17 @@ def test_triton_on_a_cpu_is_the_interpreter(monkeypatch):
         ops.BackendUnavailable, match="needs CUDA tensors, got device cpu; TRITON_INTERPRET=1"
     ):
         ops.swiglu(torch.zeros(2, 4), impl="triton")
+
+
+def test_cuda_comes_first_where_the_model_says_so(monkeypatch):
+    """By op and chip; elsewhere Triton, and on no GPU anything changes."""
+    monkeypatch.setattr(backends, "CUDA_FIRST", frozenset({("gae", 8)}))
+    have = ("cpu", "triton", "cuda", "flash_attn")
+    assert backends.in_order("gae", have, 8) == ("cpu", "cuda", "triton", "flash_attn")
+    assert backends.in_order("gae", have, 9) == backends.in_order("sample", have, 8) == have
+    assert backends.in_order("gae", have, None) == have
+    monkeypatch.delenv("HPSAFETY_IMPL", raising=False)
+    monkeypatch.setattr(backends, "unavailable", lambda *args: None if args[1] != "cpu" else "no")
+    for major, served in ((8, "cuda"), (9, "triton")):
+        pretend_gpu(monkeypatch, major=major)
+        assert backends.resolve("gae", None, have, "cuda") == served
