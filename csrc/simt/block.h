@@ -37,6 +37,7 @@ struct Copy {
   void* to;
   const void* from;
   bool there;
+  unsigned bytes;
 };
 struct Thread {
   uint3 index, block;
