@@ -65,12 +65,25 @@ def tile_rows(first, kv_head, chunk, RATIO: tl.constexpr, PACK: tl.constexpr, RO
 
 
 @triton.jit
-def offsets(index, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+def offsets(index, STRIDE: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr = 1):
     """Of the rows of one block."""
     if STRIDE * COUNT < 2**30:
-        return index * STRIDE
+        return index % STEP * STRIDE + index // STEP * (STEP * STRIDE)
     else:
         return index.to(tl.int64) * STRIDE
+
+
+@triton.jit
+def below(index, limit, STEP: tl.constexpr):
+    """index < limit, with the index as a lane's own number, and constants on the other side."""
+    return index % STEP < limit - index // STEP * STEP
+
+
+@triton.jit
+def columns_upto(column, last):
+    """(rows, columns): column <= last of the row. A lane of an MMA has columns 2n, 2n + 1, then those 8, 16, .. on."""
+    lane = column % 8 // 2 * 2
+    return (column // 8 * 8 + column % 2)[None, :] <= last[:, None] - lane[None, :]
 
 
 @triton.jit
@@ -94,7 +107,8 @@ def softmax_step(s, top, total, acc, scale_log2):
     now = tl.maximum(top, tl.max(s, 1) * scale_log2)
     weights = tl.exp2(tl.fma(s, scale_log2, -now[:, None]))
     shrink = tl.exp2(top - now)
-    return weights, now, total * shrink + tl.sum(weights, 1), acc * shrink[:, None]
+    parts = tl.reshape(weights, (weights.shape[0], weights.shape[1] // 8, 8))
+    return weights, now, total * shrink[:, None] + tl.sum(parts, 1), acc * shrink[:, None]
 
 
 @triton.jit
@@ -112,7 +126,7 @@ def add_not_finite(
         here = tl.where(key + j < key1, dim, DIM) < DIM
         v = tl.load(v_ptr + (key + j).to(tl.int64) * V_TOKEN + dim, mask=here, other=0.0)
         weight = tl.sum(tl.where((column == j)[None, :], weights, 0.0), 1)
-        counts = (key + j < sees)[:, None] & (finite(v) == 0)[None, :]
+        counts = (key + j <= sees)[:, None] & (finite(v) == 0)[None, :]
         acc += tl.where(counts, weight[:, None] * v.to(tl.float32)[None, :], 0.0)
     return acc
 
@@ -146,8 +160,8 @@ def attention_forward(
     q_at = token.to(tl.int64) * Q_TOKEN + head.to(tl.int64) * Q_HEAD
     q = load_rows(q_ptr, q_at, valid, dim, DIM, DIM != BLOCK_DIM, True)
     column = tl.arange(0, KEYS)
-    k_at = offsets(column, K_TOKEN, KEYS)
-    v_at = offsets(column, V_TOKEN, KEYS)
+    k_at = offsets(column, K_TOKEN, KEYS, 2048 // BLOCK_DIM)
+    v_at = offsets(column, V_TOKEN, KEYS, 2048 // BLOCK_DIM)
     k_ptr += kv_head.to(tl.int64) * K_HEAD
     v_ptr += kv_head.to(tl.int64) * V_HEAD
     segment_ptr = segments_ptr + segment0.to(tl.int64) * 4
@@ -160,16 +174,21 @@ def attention_forward(
     own_blocks = tl.where(segment1 - segment0 == 1, (first - start) // KEYS, 0)
 
     top = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, 8], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM // PARTS], tl.float32)
-    own_base = start - prefix_blocks * KEYS
+    begin = tl.where(prefix_blocks > 0, prefix0, start).to(tl.int64)
+    k_block = k_ptr + begin * K_TOKEN
+    v_block = v_ptr + begin * V_TOKEN
+    jump = start - prefix0 - (prefix_blocks - 1) * KEYS
     for block in range(0, prefix_blocks + own_blocks):  # whole blocks that every row sees
-        key = (tl.where(block < prefix_blocks, prefix0, own_base) + block * KEYS).to(tl.int64)
-        k = load_rows(k_ptr + key * K_TOKEN, k_at, column, dim, DIM, DIM != BLOCK_DIM, False)
+        k = load_rows(k_block, k_at, column, dim, DIM, DIM != BLOCK_DIM, False)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
-        v = load_rows(v_ptr + key * V_TOKEN, v_at, column, out_dim, DIM, DIM != BLOCK_DIM, False)
+        v = load_rows(v_block, v_at, column, out_dim, DIM, DIM != BLOCK_DIM, False)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        step = tl.where(block == prefix_blocks - 1, jump, KEYS).to(tl.int64)
+        k_block += step * K_TOKEN
+        v_block += step * V_TOKEN
 
     # Read and computed again, so that no row's address stays in registers through the loop above.
     first = tl.load(tile_ptr, volatile=True)
@@ -188,20 +207,19 @@ def attention_forward(
         if segment == segment1:
             key0 = prefix0 + prefix_blocks * KEYS
             key1 = prefix1
-            sees = tl.zeros([ROWS], tl.int32) + prefix1
+            sees = tl.zeros([ROWS], tl.int32) + prefix1 - 1
         else:
             key0 = tl.load(segment_ptr + (segment - segment0) * 4)
             end = tl.load(segment_ptr + (segment - segment0) * 4 + 1)
             key1 = tl.minimum(end, last)
-            sees = tl.where((token >= key0) & (token < end), token + 1, 0)
+            sees = tl.where((token >= key0) & (token < end), token, -1)
             key0 += own_blocks * KEYS
         for block in range(0, tl.cdiv(key1 - key0, KEYS)):
             key = key0 + block * KEYS
-            there = key + column < key1
+            there = below(column, key1 - key, 2048 // BLOCK_DIM)
             k = load_rows(k_ptr + key.to(tl.int64) * K_TOKEN, k_at, there, dim, DIM, DIM != BLOCK_DIM, True)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            seen = column[None, :] < (sees - key)[:, None]
-            s = tl.where(seen, s, MINUS_INF)
+            s = tl.where(columns_upto(column, sees - key), s, MINUS_INF)
             weights, top, total, acc = softmax_step(s, top, total, acc, scale_log2)
             v_block = v_ptr + key.to(tl.int64) * V_TOKEN
             v = load_rows(v_block, v_at, there, out_dim, DIM, DIM != BLOCK_DIM, True)
@@ -212,6 +230,7 @@ def attention_forward(
                 v = tl.load(v_block + (v_at[:, None] + out_dim[None, :]), mask=keep, other=0.0)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
+    total = tl.sum(total, 1)
     at = token.to(tl.int64) * (kv_heads * RATIO) + head
     keep = valid[:, None] & (out_dim < DIM)[None, :]
     # Rows of no segment have a sum of 0, and so may others have (scores of -inf only, NaN): the segment tells.

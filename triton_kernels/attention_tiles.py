@@ -16,14 +16,14 @@ NO_KEY = 2**31 - 1
 
 
 class KeyTiles(NamedTuple):
-    """Of the backward over keys."""
+    """Of the backward over keys. A part is rows that see keys: a segment its own, a run those of its prefix."""
 
     tiles: (
         torch.Tensor
-    )  # (tiles, 5) int32: index; segments that overlap it, from and to; runs that may see it, from, to
-    runs: (
+    )  # (tiles, 5) int32: index; parts [from, to) that are segments, and [from, to) that are runs
+    parts: (
         torch.Tensor
-    )  # (S, 4) int32, sorted: prefix_start, prefix_end, first and last row + 1; the rest empty
+    )  # (2 S, 5) int32: keys [from, to), rows [from, to), a key that its row sees alone or -1
 
 
 # Below, index_select and narrow stand for [...], which asks for the CUDA driver even where all tensors are fake.
@@ -82,7 +82,7 @@ def make_query_tiles(segments, total: int, tokens: int):
 
 def make_key_tiles(segments, total: int, keys: int) -> KeyTiles:
     """Tiles of `keys` rows each, from row 0 on, and who sees them."""
-    start, end, _, _ = segments.unbind(0)
+    start, end, prefix0, prefix1 = segments.unbind(0)
     starts, ends, prefix_starts, prefix_ends = _runs(segments)
     order = prefix_starts.argsort(stable=True)
     runs = torch.stack([prefix_starts, prefix_ends, starts, ends]).index_select(1, order).unbind(0)
@@ -97,8 +97,11 @@ def make_key_tiles(segments, total: int, keys: int) -> KeyTiles:
     run0 = torch.minimum(torch.searchsorted(prefix_ends.cummax(0).values, key0, right=True), run1)
     own = torch.where(segment1 > segment0, end.index_select(0, (segment1 - 1).clamp(min=0)) - key0, 0)
     seen = own + rows.index_select(0, run1) - rows.index_select(0, run0)
-    tiles = _longest_first([tile, segment0, segment1, run0, run1], seen)
-    return KeyTiles(tiles, torch.stack(runs, 1).to(torch.int32))
+    first_run = segments.shape[1]
+    tiles = _longest_first([tile, segment0, segment1, run0 + first_run, run1 + first_run], seen)
+    own = torch.stack([start, end, start, end, torch.where(prefix0 < prefix1, -1, start)], 1)
+    shared = torch.stack([*runs, torch.full_like(start, -1)], 1)
+    return KeyTiles(tiles, torch.cat([own, shared]).to(torch.int32))
 
 
 _made = WeakTensorKeyDictionary()  # segments -> (its version, {arguments: tables})

@@ -12,6 +12,8 @@ import triton.language as tl
 from hpsafety.triton_kernels.launch import launch
 from hpsafety.triton_kernels.linear_tiles import (
     GROUP,
+    PART,
+    add_by_parts,
     finite_reference,
     gathered,
     grouped,
@@ -55,7 +57,7 @@ def log_over_mean(distance):
     As -2 atanh(e / (4 + e)) with e = expm1(-distance), so that p and q may all but agree.
     """
     e = expm1_negative(-distance)
-    t = tl.div_rn(e, 4 + e)
+    t = e / (4 + e)
     square = t * t
     series = square * (1 / 17) + 1 / 15
     series = series * square + 1 / 13
@@ -65,6 +67,23 @@ def log_over_mean(distance):
     series = series * square + 0.2
     series = series * square + 1 / 3
     return -2 * t * (series * square + 1)
+
+
+@triton.jit
+def add_pair_terms(sums, z_a, z_b, words, rows):
+    """Of pair_forward's sums."""
+    s_a, s_b, u = sums
+    m_a, m_b, EXACT = rows
+    d_a = z_a - m_a[:, None]
+    d_b = z_b - m_b[:, None]
+    e = tl.exp(d_a)
+    s_a += tl.sum(e, 1)
+    s_b += tl.sum(tl.exp(d_b), 1)
+    u += tl.sum(tl.where(e == 0, 0.0, e * (d_a - d_b)), 1).to(tl.float64)
+    if EXACT:
+        lost = lost_digits(z_a, m_a[:, None], d_a) - lost_digits(z_b, m_b[:, None], d_b)
+        u += tl.sum(tl.where(e == 0, 0.0, e * lost), 1).to(tl.float64)
+    return s_a, s_b, u
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -83,43 +102,35 @@ def pair_forward(
     row, row_mask = place.to(tl.int64), place < n
     m_a = tl.full([BLOCK_M], float("-inf"), tl.float32)
     m_b = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    s_a = tl.zeros([BLOCK_M], tl.float32)
-    s_b = tl.zeros([BLOCK_M], tl.float32)
+    s_a, s_b = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     u = tl.zeros([BLOCK_M], tl.float64)
-    old_a = tl.zeros([BLOCK_M], tl.float32)  # what the exponents were taken against: m, or 0 while it is -inf
-    old_b = tl.zeros([BLOCK_M], tl.float32)
-    for tile in range(0, TILES):
+    for tile in tl.range(0, TILES, disable_licm=True):
         first = (split * TILES + tile) * BLOCK_N
         if first < v:
             word = first + tl.arange(0, BLOCK_N).to(tl.int64)
-            inside = word < v
             z_a = tile_logits(
-                a_ptr, row, row_mask, a_stride, a_w_ptr, word, inside, a_w_stride, d_a,
+                a_ptr, row, row_mask, a_stride, a_w_ptr, word, word < v, a_w_stride, d_a,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_A,
             )  # fmt: skip
             z_b = tile_logits(
-                b_ptr, row, row_mask, b_stride, b_w_ptr, word, inside, b_w_stride, d_b,
+                b_ptr, row, row_mask, b_stride, b_w_ptr, word, word < v, b_w_stride, d_b,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_B,
             )  # fmt: skip
-            z_a = tl.where(inside[None, :], z_a * alpha, float("-inf"))
-            z_b = tl.where(inside[None, :], z_b * alpha, float("-inf"))
+            inside = (tl.arange(0, BLOCK_N) < v - first)[None, :]
+            z_a = tl.where(inside, z_a * alpha, float("-inf"))
+            z_b = tl.where(inside, z_b * alpha, float("-inf"))
             top_a = tl.maximum(m_a, tl.max(z_a, 1))
             top_b = tl.maximum(m_b, tl.max(z_b, 1))
-            new_a = finite_reference(top_a)
-            new_b = finite_reference(top_b)
+            old_a, old_b = finite_reference(m_a), finite_reference(m_b)
+            new_a, new_b = finite_reference(top_a), finite_reference(top_b)
             scale = tl.exp(m_a - new_a)
-            d_za = z_a - new_a[:, None]
-            d_zb = z_b - new_b[:, None]
-            e = tl.exp(d_za)
             shift = (old_a - new_a).to(tl.float64) - (old_b - new_b).to(tl.float64)
             u = scale.to(tl.float64) * (u + shift * s_a.to(tl.float64))
-            u += tl.sum(tl.where(e == 0, 0.0, e * (d_za - d_zb)), 1).to(tl.float64)
-            if EXACT:
-                lost = lost_digits(z_a, new_a[:, None], d_za) - lost_digits(z_b, new_b[:, None], d_zb)
-                u += tl.sum(tl.where(e == 0, 0.0, e * lost), 1).to(tl.float64)
-            s_a = scale * s_a + tl.sum(e, 1)
-            s_b = tl.exp(m_b - new_b) * s_b + tl.sum(tl.exp(d_zb), 1)
-            m_a, m_b, old_a, old_b = top_a, top_b, new_a, new_b
+            s_a = scale * s_a
+            s_b = tl.exp(m_b - new_b) * s_b
+            m_a, m_b = top_a, top_b
+            rows = (new_a, new_b, EXACT)
+            s_a, s_b, u = add_by_parts(add_pair_terms, (s_a, s_b, u), z_a, z_b, v - first, rows)
     size = splits.to(tl.int64) * n
     at = partial_ptr + split.to(tl.int64) * n + row
     tl.store(at, m_a, mask=row_mask)
@@ -134,25 +145,17 @@ def pair_forward(
 
 @triton.jit(do_not_specialize=["n"])
 def merge_pairs(
-    partial_ptr,
-    loss_ptr,
-    norm_ptr,
-    n,
-    splits,
-    STUDENT_FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    partial_ptr, loss_ptr, norm_ptr, n, splits,
+    STUDENT_FIRST: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """The splits' numbers in order, in fp64: norm (5, N) and the KL. No finite maximum on either side: NaN."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, mask = place.to(tl.int64), place < n
     m_a = tl.full([ROWS], float("-inf"), tl.float64)
     m_b = tl.full([ROWS], float("-inf"), tl.float64)
-    s_a = tl.zeros([ROWS], tl.float64)
-    s_b = tl.zeros([ROWS], tl.float64)
+    s_a, s_b = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
     u = tl.zeros([ROWS], tl.float64)
-    old_a = tl.zeros([ROWS], tl.float64)
-    old_b = tl.zeros([ROWS], tl.float64)
+    old_a, old_b = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
     size = splits.to(tl.int64) * n
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS).to(tl.int64)
@@ -166,8 +169,7 @@ def merge_pairs(
         u_part += tl.load(at + 5 * size, mask=inside, other=0.0).to(tl.float64)
         top_a = tl.maximum(m_a, tl.max(m_a_part, 0))
         top_b = tl.maximum(m_b, tl.max(m_b_part, 0))
-        new_a = finite_reference(top_a)
-        new_b = finite_reference(top_b)
+        new_a, new_b = finite_reference(top_a), finite_reference(top_b)
         shift_a = finite_reference(m_a_part) - new_a[None, :]
         shift_b = finite_reference(m_b_part) - new_b[None, :]
         scale, scale_part = tl.exp(m_a - new_a), tl.exp(m_a_part - new_a[None, :])
@@ -186,9 +188,8 @@ def merge_pairs(
     tl.store(norm_ptr + (2 - student) * n + row, m_b, mask=mask)
     tl.store(norm_ptr + (3 - student) * n + row, log_b, mask=mask)
     tl.store(norm_ptr + tl.full([], 4, tl.int64) * n + row, kl, mask=mask)
-    tl.store(
-        loss_ptr + row, tl.where(kl < 0, 0.0, kl), mask=mask
-    )  # rounding may take nothing a little below zero
+    # Rounding may take nothing a little below zero.
+    tl.store(loss_ptr + row, tl.where(kl < 0, 0.0, kl), mask=mask)
 
 
 @triton.jit
@@ -203,6 +204,23 @@ def load_norm(norm_ptr, n, row, mask):
     return m_q, log_q.to(tl.float32), m_p, log_p.to(tl.float32), log_p - log_q, divergence
 
 
+@triton.jit
+def add_mean_terms(sums, z_q, z_p, words, rows):
+    """Of KL(p||m) and KL(q||m), word by word."""
+    from_p, from_q = sums
+    alpha, m_q, log_q, m_p, log_p, shift = rows
+    inside = (tl.arange(0, z_q.shape[1]) < words)[None, :]
+    d_q = tl.where(inside, z_q * alpha, float("-inf")) - m_q[:, None]
+    d_p = tl.where(inside, z_p * alpha, float("-inf")) - m_p[:, None]
+    q = tl.exp(d_q - log_q[:, None])
+    p = tl.exp(d_p - log_p[:, None])
+    x = (d_p - d_q) - shift[:, None]
+    larger = log_over_mean(tl.abs(x))
+    from_p += tl.where(p == 0, 0.0, p * tl.where(x > 0, larger, larger + x))
+    from_q += tl.where(q == 0, 0.0, q * tl.where(x > 0, larger - x, larger))
+    return from_p, from_q
+
+
 @triton.jit(do_not_specialize=["n"])
 def mean_forward(
     q_ptr, q_w_ptr, p_ptr, p_w_ptr, norm_ptr, partial_ptr, n, v, d_q, d_p, q_stride, q_w_stride, p_stride, p_w_stride,
@@ -213,31 +231,25 @@ def mean_forward(
     block, split = grouped(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP)
     place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row, row_mask = place.to(tl.int64), place < n
-    m_q, log_q, m_p, log_p, shift, _ = load_norm(norm_ptr, n, row, row_mask)
-    shift = shift.to(tl.float32)
-    from_p = tl.zeros([BLOCK_M], tl.float32)
-    from_q = tl.zeros([BLOCK_M], tl.float32)
-    for tile in range(0, TILES):
+    from_p, from_q = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    for tile in tl.range(0, TILES, disable_licm=True):
         first = (split * TILES + tile) * BLOCK_N
         if first < v:
             word = first + tl.arange(0, BLOCK_N).to(tl.int64)
-            inside = word < v
             z_q = tile_logits(
-                q_ptr, row, row_mask, q_stride, q_w_ptr, word, inside, q_w_stride, d_q,
+                q_ptr, row, row_mask, q_stride, q_w_ptr, word, word < v, q_w_stride, d_q,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_Q,
             )  # fmt: skip
             z_p = tile_logits(
-                p_ptr, row, row_mask, p_stride, p_w_ptr, word, inside, p_w_stride, d_p,
+                p_ptr, row, row_mask, p_stride, p_w_ptr, word, word < v, p_w_stride, d_p,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_P,
             )  # fmt: skip
-            d_q_m = z_q * alpha - m_q[:, None]
-            d_p_m = z_p * alpha - m_p[:, None]
-            q = tl.where(inside[None, :], tl.exp(d_q_m - log_q[:, None]), 0.0)
-            p = tl.where(inside[None, :], tl.exp(d_p_m - log_p[:, None]), 0.0)
-            x = (d_p_m - d_q_m) - shift[:, None]
-            larger = log_over_mean(tl.abs(x))
-            from_p += tl.sum(tl.where(p == 0, 0.0, p * tl.where(x > 0, larger, larger + x)), 1)
-            from_q += tl.sum(tl.where(q == 0, 0.0, q * tl.where(x > 0, larger - x, larger)), 1)
+            m_q, log_q, m_p, log_p, shift, _ = load_norm(norm_ptr, n, row, row_mask)
+            terms = tl.zeros([BLOCK_M, PART], tl.float32)
+            rows = (alpha, m_q, log_q, m_p, log_p, shift.to(tl.float32))
+            p_terms, q_terms = add_by_parts(add_mean_terms, (terms, terms), z_q, z_p, v - first, rows)
+            from_p += tl.sum(p_terms, 1)
+            from_q += tl.sum(q_terms, 1)
     at = partial_ptr + split.to(tl.int64) * n + row
     tl.store(at, from_p, mask=row_mask)
     tl.store(at + splits.to(tl.int64) * n, from_q, mask=row_mask)
@@ -248,19 +260,17 @@ def merge_means(partial_ptr, loss_ptr, norm_ptr, n, splits, ROWS: tl.constexpr, 
     """Jensen-Shannon divergence, and KL(q||m) in the norm's last row, from the splits in order, in fp64."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, mask = place.to(tl.int64), place < n
-    from_p = tl.zeros([ROWS], tl.float64)
-    from_q = tl.zeros([ROWS], tl.float64)
+    from_p, from_q = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS).to(tl.int64)
         inside = (split < splits)[:, None] & mask[None, :]
         at = partial_ptr + split[:, None] * n + row[None, :]
         from_p += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float64), 0)
         from_q += tl.sum(tl.load(at + splits.to(tl.int64) * n, mask=inside, other=0.0).to(tl.float64), 0)
-    loss = 0.5 * from_p + 0.5 * from_q
     m_q, log_q, m_p, log_p, shift, divergence = load_norm(norm_ptr, n, row, mask)
     bad = shift != shift
     tl.store(norm_ptr + tl.full([], 4, tl.int64) * n + row, tl.where(bad, float("nan"), from_q), mask=mask)
-    loss = tl.where(bad, float("nan"), loss)
+    loss = tl.where(bad, float("nan"), 0.5 * from_p + 0.5 * from_q)
     tl.store(loss_ptr + row, tl.where(loss < 0, 0.0, loss), mask=mask)
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from hpsafety.triton_kernels.launch import launch
 from hpsafety.triton_kernels.linear_tiles import (
     GROUP,
+    add_by_parts,
     finite_reference,
     grouped,
     kept_rows,
@@ -25,6 +26,19 @@ from hpsafety.triton_kernels.linear_tiles import (
 
 SHARED_BYTES = (98304, 196608)  # of a block on sm_80, sm_90 at most; tests/triton/test_static.py compares
 MERGED_ROWS, MERGED_SPLITS = 32, 32
+
+
+@triton.jit
+def add_terms(sums, z, _, words, rows):
+    """Of s and u."""
+    s, u = sums
+    reference, ENTROPY = rows
+    below = z - reference[:, None]
+    e = tl.exp(below)
+    s += tl.sum(e, 1)
+    if ENTROPY:
+        u += tl.sum(tl.where(e == 0, 0.0, e * below), 1)
+    return s, u
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -52,8 +66,7 @@ def linear_logprob_forward(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK_M], tl.float32)
     u = tl.zeros([BLOCK_M], tl.float32)
-    shift = tl.zeros([BLOCK_M], tl.float32)
-    for tile in range(0, TILES):
+    for tile in tl.range(0, TILES, disable_licm=True):
         first = (split * TILES + tile) * BLOCK_N
         if first < v:
             word = first + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -72,20 +85,18 @@ def linear_logprob_forward(
                 BLOCK_K,
                 EVEN_D,
             )
-            z = tl.where((word < v)[None, :], z * alpha, float("-inf"))
-            at_target = word[None, :] == target[:, None]
+            column = tl.arange(0, BLOCK_N)
+            z = tl.where((column < v - first)[None, :], z * alpha, float("-inf"))
+            at_target = column[None, :] == (target - first).to(tl.int32)[:, None]
             hit = row_mask & (target >= first) & (target < tl.minimum(first + BLOCK_N, v))
             tl.store(logit_ptr + row, tl.sum(tl.where(at_target, z, 0.0), 1), mask=hit)
             top = tl.maximum(m, tl.max(z, 1))
             reference = finite_reference(top)
             scale = tl.exp(m - reference)
-            below = z - reference[:, None]
-            e = tl.exp(below)
             if ENTROPY:
-                u = scale * (u + (shift - reference) * s) + tl.sum(tl.where(e == 0, 0.0, e * below), 1)
-            s = scale * s + tl.sum(e, 1)
+                u = scale * (u + (finite_reference(m) - reference) * s)
+            s, u = add_by_parts(add_terms, (scale * s, u), z, z, v - first, (reference, ENTROPY))
             m = top
-            shift = reference
     at = split.to(tl.int64) * n + row
     tl.store(partial_ptr + at, m, mask=row_mask)
     size = splits.to(tl.int64) * n

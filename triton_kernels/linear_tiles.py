@@ -15,6 +15,7 @@ DZ_BYTES = 64 << 20  # of dz in linear_backward, whatever N and V are
 ROWS_OF_DZ = 4096
 GROUP = 16  # row blocks that walk the words together
 KEPT_BLOCK = 4096
+PART = tl.constexpr(32)  # columns of a tile whose terms a forward adds up at once
 WORDS_PER_SPLIT = 1024  # of the forward
 GATHERED = {"ROWS": 4, "BLOCK": 1024}
 
@@ -85,6 +86,31 @@ def tile_logits(
             w = tl.load(w_ptrs + k, mask=word_mask[None, :] & inside[:, None], other=0.0)
         z = tl.dot(x, w, z, input_precision="ieee")
     return z
+
+
+@triton.jit
+def halves(z):
+    """Left and right half of a tile's columns: each thread's own registers where a half is PART or wider."""
+    return z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def add_by_parts(add: tl.constexpr, sums, a, b, words, rows):
+    """sums (a tuple) after add(sums, a, b, words, rows) for each PART columns of the tiles a and b that hold words.
+
+    Registers do not do for the terms of whole tiles at once. That is what a compiler makes of them without the branch
+    around each part, and without disable_licm, which keeps the addresses of the next product out of the loop's way.
+    words: from the first column on; negative where none is left. rows: a tuple of what `add` needs of the rows.
+    """
+    if a.shape[1] > PART:
+        left_a, right_a = halves(a)
+        left_b, right_b = halves(b)
+        sums = add_by_parts(add, sums, left_a, left_b, words, rows)
+        return add_by_parts(add, sums, right_a, right_b, words - left_a.shape[1], rows)
+    else:
+        if words > 0:
+            sums = add(sums, a, b, words, rows)
+        return sums
 
 
 @triton.jit(do_not_specialize=["n"])

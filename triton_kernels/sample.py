@@ -187,7 +187,7 @@ def find_border(
     logits_ptr += row * stride
     list_ptr += row * LIST
     low, high = tl.full([], 2147483647, tl.int64), tl.full([], -2147483648, tl.int64)
-    for first in range(0, count, BLOCK):
+    for first in tl.range(0, count, BLOCK, disable_licm=True):
         word, x, key, is_one = candidates(
             logits_ptr, list_ptr, first, count, listed, top, broken, scale, found, border_key, border_word, BORDER,
             BLOCK,
@@ -198,7 +198,7 @@ def find_border(
     while low < high:  # the largest key for which the words from it on reach what is left
         middle = high - ((high - low) >> 1)
         weight = tl.full([], 0, tl.int64)
-        for first in range(0, count, BLOCK):
+        for first in tl.range(0, count, BLOCK, disable_licm=True):
             word, x, key, is_one = candidates(
                 logits_ptr, list_ptr, first, count, listed, top, broken, scale, found, border_key, border_word, BORDER,
                 BLOCK,
@@ -219,7 +219,7 @@ def find_border(
         mass = mass_of((last_x - top) * scale)
         equals = (equals + mass - 1) // mass
     seen, last = tl.full([], 0, tl.int32), tl.full([], -1, tl.int32)
-    for first in range(0, count, BLOCK):
+    for first in tl.range(0, count, BLOCK, disable_licm=True):
         word, x, key, is_one = candidates(
             logits_ptr, list_ptr, first, count, listed, top, broken, scale, found, border_key, border_word, BORDER,
             BLOCK,

@@ -177,19 +177,10 @@ PARTIAL = {"reward_score", "paged_attention"}
 IDLE = {"attention_forward": "REDO=True", "linear_logprob_forward": "REST=True"}
 MAY_SPILL = {"attention_forward"}
 
-# Spills that stand until somebody cures them: kernel and chip -> most bytes in a loop, and in the hot one. All but the
-# last are outside of the loop over the product's depth, once a tile. A row beyond this is a fault.
+# Spills that stand until somebody cures them: kernel and chip -> most bytes in a loop, and in the hot one. A row beyond
+# this is a fault.
 KNOWN_SPILLS = {
-    ("attention_forward", "sm_80"): (12, 0),
-    ("attention_forward", "sm_90"): (28, 0),
-    ("attention_backward_keys", "sm_80"): (4, 0),
-    ("attention_backward_rows", "sm_80"): (8, 0),
-    ("linear_logprob_forward", "sm_90"): (32, 0),
-    ("mean_forward", "sm_80"): (2068, 0),
-    ("mean_forward", "sm_90"): (1568, 0),
-    ("pair_forward", "sm_90"): (88, 0),
-    ("find_border", "sm_90"): (4, 0),
-    ("pair_forward", "sm_80"): (1188, 8),
+    ("attention_forward", "sm_80"): (8, 0),
 }
 
 # Of a function's operations, the share that a kernel does, recomputation included: more than 1 together then. The

@@ -3,7 +3,7 @@
 //   SIMT_LAUNCH((kernel<...>), grid, block, shared_bytes, stream, arguments...)   a launch; returns 0 or a CUDA error
 //   SIMT_SHARED(float, s)   the block's dynamic shared memory, 128-byte aligned. The only shared memory there is: arrays
 //                           declared __shared__ would escape the emulation's checks in templates
-//   cp_async16, cp_async_commit, cp_async_wait<N>, ldmatrix_x4, ldmatrix_x4_trans, mma_bf16, pack_bf16, exp2_fast
+//   cp_async16, cp_async4, cp_async_commit, cp_async_wait<N>, ldmatrix_x4, ldmatrix_x4_trans, mma_bf16, pack_bf16, exp2_fast
 //
 // Launchers are extern "C", take raw pointers and the stream, return 0 or the CUDA error, allocate nothing and never
 // synchronise. No torch header.
@@ -36,6 +36,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 __device__ __forceinline__ void cp_async16(void* s, const void* g, bool there = true) {
   int bytes = there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(s)), "l"(g), "r"(bytes) : "memory");
+}
+// The same of 4 bytes, which come by way of L1.
+__device__ __forceinline__ void cp_async4(void* s, const void* g, bool there = true) {
+  int bytes = there ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(s)), "l"(g), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
@@ -74,5 +79,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #else
 #include "../simt/simt.h"
 #endif
+
+// A kernel as a value that a lambda takes: SIMT_LAUNCH((one.kernel), ...).
+template <auto Kernel>
+struct One {
+  static constexpr auto kernel = Kernel;
+};
 
 constexpr int BAD_ARGUMENT = 1;  // cudaErrorInvalidValue: what a launcher says to sizes it has no kernel for

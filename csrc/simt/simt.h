@@ -5,10 +5,11 @@
 //   g++ -x c++ -DSIMT_THREADS -fsanitize=thread        one OS thread per CUDA thread: a missing barrier is a data race
 //   g++ -x c++ -DSIMT_THREADS -fsanitize=address,...   out-of-bounds accesses of shared memory and tensors
 //
-// Always on: a block's shared memory is NaN at its start; cp_async16 leaves NaN in its place and delivers at the wait;
+// Always on: a block's shared memory is NaN at its start; cp_async leaves NaN in its place and delivers at the wait;
 // a deadlock, a barrier reached from two lines, a collective whose mask lacks its caller or the lane that it reads, and
 // misaligned copies end the program with the place named. SIMT_SEED=n (fibers): threads and blocks come in an order
-// drawn from n; a kernel that is synchronised gives the same bits for every n. simt::watch names bytes that two blocks
+// drawn from n; a kernel that is synchronised gives the same bits for every n. SIMT_LAST: a launch's last block runs and
+// no other, to see offsets that nobody could run all blocks up to. simt::watch names bytes that two blocks
 // write. Not emulated: wgmma, TMA, mbarrier, clusters, textures. The PTX text of device.cuh is compiled, never run.
 #pragma once
 #include <atomic>
@@ -91,7 +92,8 @@ inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) { return simt:
 inline int __any_sync(unsigned mask, int vote, SIMT_HERE) { return simt::ballot(mask, vote != 0, file, line) != 0; }
 inline int __all_sync(unsigned mask, int vote, SIMT_HERE) { return simt::ballot(mask, vote == 0, file, line) == 0; }
 
-inline void cp_async16(void* s, const void* g, bool there = true) { simt::copy_async(s, g, there); }
+inline void cp_async16(void* s, const void* g, bool there = true) { simt::copy_async(s, g, there, 16); }
+inline void cp_async4(void* s, const void* g, bool there = true) { simt::copy_async(s, g, there, 4); }
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int N>
 inline void cp_async_wait() {
@@ -125,6 +127,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
+inline long long __float2ll_rn(float x) { return llrintf(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

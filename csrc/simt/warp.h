@@ -124,10 +124,11 @@ inline void ldmatrix(uint32_t (&r)[N], const void* p, const char* file, int line
 }
 
 // ---- cp.async: poison until it is waited for
-inline void copy_async(void* to, const void* from, bool there) {
-  if ((reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from)) & 15) die("cp_async16: not 16-byte aligned");
-  memset(to, 0xff, 16);
-  me->open.push_back({to, from, there});
+inline void copy_async(void* to, const void* from, bool there, unsigned bytes) {
+  if ((reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from)) & (bytes - 1))
+    die("cp_async" + std::to_string(bytes) + ": not " + std::to_string(bytes) + "-byte aligned");
+  memset(to, 0xff, bytes);
+  me->open.push_back({to, from, there, bytes});
 }
 inline void commit_copies() {
   me->groups.push_back(std::move(me->open));
@@ -137,9 +138,9 @@ inline void wait_for_copies(size_t left) {
   while (me->groups.size() > left) {
     for (auto& c : me->groups.front()) {
       if (c.there)
-        memcpy(c.to, c.from, 16);
+        memcpy(c.to, c.from, c.bytes);
       else
-        memset(c.to, 0, 16);
+        memset(c.to, 0, c.bytes);
     }
     me->groups.erase(me->groups.begin());
   }

@@ -7,7 +7,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import check_offsets, check_rows
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 
 
 def _fake(rewards, values, cu_responses, gamma, lam):
@@ -22,6 +22,7 @@ _op = Op(
     {
         "cpu": lambda *args: backends.cpu().gae(*args),
         "triton": lambda *args: backends.triton("gae").gae(*args),
+        "cuda": lambda *args: backends.cuda("gae").gae(*args),
     },
     _fake,
 )

@@ -9,7 +9,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import values_readable
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -35,6 +35,7 @@ _backward_op = Op(
     {
         "cpu": lambda *args: backends.cpu().linear_logprob_backward(*args),
         "triton": lambda *args: backends.triton("linear_logprob").linear_logprob_backward(*args),
+        "cuda": lambda *args: backends.cuda("linear_logprob").linear_logprob_backward(*args),
     },
     _fake_backward,
 )
@@ -67,6 +68,7 @@ _op = Op(
     {
         "cpu": lambda *args: backends.cpu().linear_logprob(*args),
         "triton": lambda *args: backends.triton("linear_logprob").linear_logprob(*args),
+        "cuda": lambda *args: backends.cuda("linear_logprob").linear_logprob(*args),
     },
     _fake,
     _setup_context,
@@ -112,7 +114,9 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, entropy=False, *, i
     Accumulates in fp32, the weight gradient over all rows too; rows whose incoming gradients are zero are left out of
     the backward. The number of threads changes no bit, and a row's logprob does not depend on the other rows where
     the BLAS rounds alike for every M >= 16 (MKL does). In Triton it never does, the backward holds 64 MB of logit
-    gradients and, for bf16, fp32 sums (N, D) and (8192, D), and a target that is no word gives NaN.
+    gradients and, for bf16, fp32 sums (N, D) and (8192, D), and a target that is no word gives NaN. In CUDA likewise,
+    but with a BLAS's products: a row depends on no other where cuBLAS rounds alike for every M, which it does not
+    promise; and rows without gradient take part in the backward's products as zeros.
     A hidden row with NaN or inf gives NaN for that row alone; such a weight row gives NaN for every row, unless its
     logit is -inf, which counts as probability 0. Rows without incoming gradient may hold anything.
     Raises ValueError on shapes, dtypes, devices or targets that do not fit.

@@ -1,6 +1,7 @@
 """paged_attention: contract, checks and backends. The formula stands in hpsafety/reference/paged_attention.py."""
 
 import math
+import os
 
 import torch
 
@@ -9,7 +10,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import values_readable
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 MAX_HEAD_DIM = 256
 
 _op = Op(
@@ -19,6 +20,7 @@ _op = Op(
     {
         "cpu": lambda *args: backends.cpu().paged_attention(*args),
         "triton": lambda *args: backends.triton("paged_attention").paged_attention(*args),
+        "cuda": lambda *args: backends.cuda("paged_attention").paged_attention(*args),
     },
     lambda q, *_: q.new_empty(q.shape),
 )
@@ -120,6 +122,17 @@ def _check_values(k_pages, block_table, context_lens, prefix):
     _check_used_pages("block_table", block_table, context_lens, page_size, pages)
 
 
+def _backend(impl, device, dtype, head_dim, sequential) -> str:
+    """As backends.resolve; sequential calls are for others than CUDA, and a forced "cuda" raises."""
+    if sequential and (impl or os.environ.get("HPSAFETY_IMPL")) == "cuda":
+        raise backends.BackendUnavailable(f"paged_attention: {backends.cuda('paged_attention').SEQUENTIAL}")
+    have = tuple(name for name in BACKENDS if name != "cuda" or not sequential)
+    return backends.resolve("paged_attention", impl, have, device, dtype, head_dim)
+
+
+_backend._dynamo_marked_constant = True  # as backends.resolve
+
+
 def paged_attention(
     q,
     k_pages,
@@ -148,7 +161,8 @@ def paged_attention(
     softmax_scale     factor of the scores, 1/sqrt(K) by default
     sequential        True takes a sequence's keys block after block, its prefix first, as attention does: the bits are
                       those of attention's last row of a segment with that prefix. A long context is then the work of
-                      one thread (on a GPU, of one block) for each kv head. The reference gives the same either way
+                      one thread (on a GPU, of one block) for each kv head. The reference gives the same either way;
+                      the cuda backend has no such form: unasked, another one serves, Triton on a GPU
     returns           (B, H, K) like q, fresh; zeros for a sequence without any token
     Forward only, nothing is saved. The arithmetic is fp32. A sequence's bits depend on its own query, keys, values and
     prefix length alone: not on the other sequences, the members of its group, page size, tables or threads.
@@ -172,7 +186,7 @@ def paged_attention(
         math.isfinite(softmax_scale) and softmax_scale > 0,
         "paged_attention: softmax_scale must be positive, got {}", softmax_scale,
     )  # fmt: skip
-    impl = backends.resolve("paged_attention", impl, BACKENDS, q.device.type)
+    impl = _backend(impl, q.device.type, q.dtype, q.shape[2], bool(sequential))
     if impl == "reference":
         return reference.paged_attention(
             q, k_pages, v_pages, block_table, context_lens, prefix, softmax_scale
@@ -186,7 +200,7 @@ def paged_attention(
         "paged_attention: k_pages and v_pages must have last stride 1, got {} and {}",
         k_pages.stride(-1), v_pages.stride(-1),
     )  # fmt: skip
-    if impl == "triton" and values_readable(q):
+    if impl != "cpu" and values_readable(q):
         _check_values(k_pages, block_table, context_lens, prefix)
     table, lens, group_of = prefix or (None, None, None)
     args = (q, k_pages, v_pages, block_table, context_lens, table, lens, group_of)

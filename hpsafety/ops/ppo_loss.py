@@ -10,7 +10,7 @@ from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import check_rows, denominator
 from hpsafety.reference.ppo_loss import PPOLoss
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 _NUM_INPUTS = 15  # of the custom op, impl included
 _VALUES, _ENTROPY = 3, 7  # positions of these inputs
 
@@ -49,6 +49,7 @@ _op = Op(
     {
         "cpu": lambda *args: backends.cpu().ppo_loss(*args),
         "triton": lambda *args: backends.triton("ppo_loss").ppo_loss(*args),
+        "cuda": lambda *args: backends.cuda("ppo_loss").ppo_loss(*args),
     },
     _fake,
     _setup_context,

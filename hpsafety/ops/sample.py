@@ -9,7 +9,7 @@ from hpsafety.ops import backends
 from hpsafety.ops.registration import Op, check
 from hpsafety.ops.rows import values_readable
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 MAX_WORDS = 1 << 23  # masses are integers of up to 2^40 that must sum below 2^63
 
 
@@ -24,6 +24,7 @@ _op = Op(
     {
         "cpu": lambda *args: backends.cpu().sample(*args),
         "triton": lambda *args: backends.triton("sample").sample(*args),
+        "cuda": lambda *args: backends.cuda("sample").sample(*args),
     },
     _fake,
 )

@@ -27,6 +27,7 @@ PROGRAM = """
 #include <vector>
 #include "device.cuh"
 extern "C" int NAME(TYPES void*);
+constexpr char POISON = (char)simt::POISON;  // what is written is not seen in an output, as simt/block.h says
 int main(int, char** argv) {
   FILE* in = fopen(argv[1], "rb");
   auto number = [&] { long x; if (fread(&x, 8, 1, in) != 1) abort(); return x; };
@@ -50,15 +51,11 @@ int main(int, char** argv) {
   if (code) { fprintf(stderr, "the launcher returned %d\\n", code); return 3; }
   if (simt::conflicts) return 4;
   for (size_t i = 0; i < storages.size(); i++)
-    for (long k = 0; k < storages[i].bytes; k++) {
-      const Storage& s = storages[i];
-      // A byte that is written with the poison's value looks like one that is not written.
-      bool hidden = s.written == 2 && s.expected[k] == (char)simt::POISON && s.at[k] == s.before[k];
-      if (s.at[k] != s.expected[k] && !hidden) {
+    for (long k = 0; k < storages[i].bytes; k++)
+      if (auto& s = storages[i]; s.at[k] != s.expected[k] && (s.at[k] != s.before[k] || s.expected[k] != POISON)) {
         fprintf(stderr, "tensor %zu differs at byte %ld\\n", i, k);
         return 5;
       }
-    }
   printf("the same bytes\\n");
   return 0;
 }

@@ -94,6 +94,21 @@ def test_not_numbers():
     assert score(from_logits([3.0, 3.0])).whitened.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("width", [64, 63])
+def test_offsets_past_two_to_the_31(width):
+    """A row past 2^31 elements, read in place, in 16-byte words and not."""
+    try:
+        huge = torch.empty(2**31 + 8 + width, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("4.3 GB of address space cannot be reserved")
+    args = make_inputs([1], width, 7, 2, torch.bfloat16)
+    args |= {"last_rows": torch.tensor([1])}
+    far = huge.as_strided((2, width), (2**31 + 8, 1))
+    far[1] = args["hidden_safety"][1]
+    out, wanted = score(args | {"hidden_safety": far}), score(args)
+    assert torch.equal(out.r_safety, wanted.r_safety)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="checks the emulated kernels")
 @pytest.mark.parametrize("mode, seed", [("fibers", 1), ("fibers", 2), ("tsan", None), ("asan", None)])
 def test_replay(mode, seed):

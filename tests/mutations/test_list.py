@@ -26,7 +26,7 @@ def test_every_op_has_three_mutants():
     for mutant in MUTANTS:
         if not mutant.equivalent:
             for name in mutant.sources:
-                by_source[name] += 1
+                by_source[name] = by_source.get(name, 0) + 1
     assert all(count >= 3 for count in by_source.values()), by_source
 
 

@@ -1,5 +1,7 @@
 """Forms of test that every op shares: repeated runs, thread counts, and storages past 2^31 elements."""
 
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,14 @@ def lazy_zeros(elements: int, dtype=torch.float32) -> torch.Tensor:
         return torch.from_numpy(np.zeros(elements * size, dtype=np.uint8)).view(dtype)
     except MemoryError:
         pytest.skip(f"cannot reserve {elements * size / 1e9:.0f} GB of address space")
+
+
+def reserved(*shape: int) -> torch.Tensor:
+    """fp32 zeros of any size: address space, whose pages take memory only once they are written."""
+    size = torch.Size(shape).numel() * 4
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, for a Python that does not name it
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 def need_memory(gigabytes: float) -> None:

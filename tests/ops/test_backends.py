@@ -55,7 +55,7 @@ def test_the_counter_tells_the_backends_apart(name, monkeypatch):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_forced_backend_that_cannot_serve_raises(name):
-    with pytest.raises(ops.BackendUnavailable, match="cuda"):
+    with pytest.raises(ops.BackendUnavailable, match="(?i)cuda"):
         CALLS[name](impl="cuda")
     with pytest.raises(ValueError, match="unknown impl 'fast'; choose one of"):
         CALLS[name](impl="fast")

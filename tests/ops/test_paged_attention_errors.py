@@ -108,7 +108,7 @@ def test_forced_and_default_backend(monkeypatch):
         ops.paged_attention(**args, impl=impl)
         counts.append(reference.calls["paged_attention"] - before)
     assert counts == [0, 0, 1]
-    with pytest.raises(backends.BackendUnavailable, match="has no cuda backend"):
+    with pytest.raises(backends.BackendUnavailable, match="needs CUDA tensors|not built here"):
         ops.paged_attention(**args, impl="cuda")
 
 

@@ -1,10 +1,8 @@
 """One program of a grid alone: how offsets past 2^31 are computed where nobody could run, or hold, all the others."""
 
-import mmap
 from unittest import mock
 
 import pytest
-import torch
 import triton.runtime.interpreter as stock
 
 from hpsafety.triton_kernels.launch import INTERPRETED, launch
@@ -23,11 +21,3 @@ def last_program(kernel, programs, *arguments, **options) -> None:
         mock.patch.object(builder, "set_grid_idx", lambda this, *_: at(this, programs - 1, 0, 0)),
     ):
         launch(kernel, min(programs, 1), *arguments, **options)
-
-
-def reserved(*shape: int) -> torch.Tensor:
-    """fp32 zeros of any size: address space, whose pages take memory only once they are written."""
-    size = torch.Size(shape).numel() * 4
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, for a Python that does not name it
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-    return torch.frombuffer(memory, dtype=torch.float32).view(shape)

@@ -234,7 +234,7 @@ def watched(args, seed=None, **more):
     group = args["q"].shape[1] // args["k"].shape[1]
     tiles = query_tiles(segments, total, ROWS // min(ROWS, group))
     keys = key_tiles(segments, total, ROWS)
-    return audit(seed, **args, tiles=tiles, key_tiles=keys.tiles, runs=keys.runs, **more)
+    return audit(seed, **args, tiles=tiles, key_tiles=keys.tiles, parts=keys.parts, **more)
 
 
 SHARED = [grouped((40, 3, 4, 5, 2, 6), (20, 5)), GENERAL[0]]
@@ -339,15 +339,16 @@ def test_tables(seed):
         s = segments[segment0]
         work.append(s[3] - s[2] + last - s[0] if inside else 0)
     assert covered == [1] * total and work == sorted(work, reverse=True)
-    tiles, runs = key_tiles(table, total, tokens)
-    runs = runs.tolist()
+    tiles, parts = key_tiles(table, total, tokens)
+    parts = parts.tolist()
+    assert parts[: len(segments)] == [[a, b, a, b, -1 if p0 < p1 else a] for a, b, p0, p1 in segments]
     assert sorted(t[0] for t in tiles.tolist()) == list(range(-(-total // tokens)))
     for tile, segment0, segment1, run0, run1 in tiles.tolist():
         key0, key1 = tile * tokens, min(total, (tile + 1) * tokens)
         inside = [i for i, s in enumerate(segments) if s[0] < key1 and s[1] > key0]
         assert inside == list(range(segment0, segment1))
         seen_by = sorted(
-            i for p0, p1, a, b in runs[run0:run1] if p0 < key1 and p1 > key0 for i in range(a, b)
+            i for p0, p1, a, b, _ in parts[run0:run1] if p0 < key1 and p1 > key0 for i in range(a, b)
         )
         assert seen_by == [
             i for s in segments if s[2] < min(s[3], key1) and s[3] > key0 for i in range(s[0], s[1])

@@ -8,12 +8,12 @@ import torch
 from hpsafety import ops
 from hpsafety.triton_kernels import launch
 from hpsafety.triton_kernels import pair_loss as kernels
-from tests.ops.forms import PAST_INT32
+from tests.ops.forms import PAST_INT32, reserved
 from tests.ops.oracle import run_with_grads
 from tests.ops.test_pair_loss import GRADS, make_inputs
 from tests.triton.audit import audit
 from tests.triton.device import DEVICE, check_triton, place
-from tests.triton.last_program import needs_interpreter, reserved
+from tests.triton.last_program import needs_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16]
 BLOCK = 64

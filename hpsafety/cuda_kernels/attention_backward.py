@@ -1,0 +1,53 @@
+"""attention, backward, in CUDA: csrc/cuda/attention_delta.cu, then attention_backward_keys and _rows of the head dim.
+
+Their order of sums is that of the Triton kernels, and so are the promises: one writer for every sum, no atomics, the
+same bits at every run, whatever else is in the batch. A NaN of a row also reaches the gradients of the others that
+share its tile.
+"""
+
+from hpsafety.cuda_kernels.library import launch
+from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
+
+KEYS, ROWS = 128, 128  # of a tile: attention_backward_keys_*.cu, attention_backward_rows_*.cu
+MOST_PACKED = 16  # query heads of a kv head that are rows of one tile
+VIEWS = "pppp ll ll ll ll"  # grad, q, k, v and their strides
+
+
+def log_pack(ratio: int) -> int:
+    """Log2 of the largest power of two that divides the query heads of a kv head, up to MOST_PACKED."""
+    return min(ratio & -ratio, MOST_PACKED).bit_length() - 1
+
+
+def words(x):
+    """The tensor, or a copy whose rows begin at multiples of 16 bytes and are dense."""
+    fits = x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.storage_offset() % 8 == 0
+    return x if fits else x.contiguous().clone()
+
+
+def attention_backward(grad, q, k, v, out, lse, segments, softmax_scale, deterministic):
+    """(dq, dk, dv); deterministic always. bf16, head dim 64 or 128."""
+    tokens, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    if not tokens or not segments.shape[0]:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    grad, q, k, v, out = map(words, (grad, q, k, v, out.contiguous()))
+    lse, segments = lse.contiguous(), segments.contiguous()
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    lse_of_rows, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)  # in the order of the blocks' rows
+    packed = log_pack(heads // kv_heads)
+    group = (tokens, kv_heads, heads // kv_heads >> packed, packed)
+    launch(
+        "hps_attention_delta", "ppp ll liii i pp", grad, out, lse, *grad.stride()[:2], *group, dim, lse_of_rows, delta
+    )
+    views = (grad, q, k, v, *(stride for x in (grad, q, k, v) for stride in x.stride()[:2]))
+    tables = key_tiles(segments, tokens, KEYS)
+    launch(
+        f"hps_attention_backward_keys_d{dim}", f"{VIEWS} pp ppp l liii d pp", *views, lse_of_rows, delta, segments,
+        tables.tiles, tables.runs, len(tables.tiles), *group, softmax_scale, dk, dv,
+    )  # fmt: skip
+    tiles = query_tiles(segments, tokens, ROWS >> packed)
+    launch(
+        f"hps_attention_backward_rows_d{dim}", f"{VIEWS} pp pp l liii d p", *views, lse_of_rows, delta, segments,
+        tiles, len(tiles), *group, softmax_scale, dq,
+    )  # fmt: skip
+    return dq, dk, dv

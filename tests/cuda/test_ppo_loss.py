@@ -1,0 +1,226 @@
+"""ppo_loss in CUDA. The bug this file must catch: a block's or a warp's partial sum that is lost in the final one."""
+
+import itertools
+
+import pytest
+import torch
+
+from hpsafety import ops
+from hpsafety.cuda_kernels import library
+from hpsafety.cuda_kernels import ppo_loss as kernels
+from tests.cuda import replay
+from tests.cuda.conftest import DEVICE, check_cuda, place
+from tests.ops.forms import PAST_INT32, reserved
+from tests.ops.oracle import run_with_grads
+from tests.ops.test_ppo_loss import GRADS, make_inputs
+
+DTYPES = [torch.float32, torch.bfloat16]
+BLOCK = kernels.BLOCK
+SUM_THREADS = 256  # of the block that adds up the others
+NAMES = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns", "mask", "entropy")
+PARTIALS = 19  # of the launcher's arguments: written by its first launch, read by its second
+
+
+def run(args, grads=GRADS, **kwargs):
+    grads = tuple(k for k in grads if k in args)
+    return run_with_grads(ops.ppo_loss, place(args), grads=grads, impl="cuda", **kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 300, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 12])
+def test_matches_oracle(dtype, entropy, n):
+    """KER-2: every field and gradient against fp64 around a thread's words, a warp and a block."""
+    args = make_inputs(n, dtype, entropy=entropy)
+    out = check_cuda("ppo_loss", ops.ppo_loss, args, entropy_coef=0.02 if entropy else 0.0)
+    assert all(out[f"out{i}"].dtype == torch.float32 and out[f"out{i}"].dim() == 0 for i in range(6))
+    assert {k for k in out if k.startswith("grad")} == {f"grad_{k}" for k in GRADS[: 2 + entropy]}
+
+
+def check_drawn(seed):
+    g = torch.Generator().manual_seed(100 + seed)
+    unit = torch.rand(6, generator=g).tolist()
+    n = int(torch.randint(0, 3 * BLOCK, (), generator=g))
+    args = make_inputs(n, torch.float32, seed, spread=unit[0], masked=unit[1])
+    for i, name in enumerate(k for k in NAMES if k != "mask"):  # a mix of storage types
+        args[name] = args[name].bfloat16() if seed >> i & 1 else args[name]
+    names = ("clip_ratio", "value_clip", "value_coef", "entropy_coef")
+    settings = dict(zip(names, (unit[2] / 2, *unit[3:]), strict=True))
+    count = (
+        None, 3.0 * n + 1, torch.tensor(2 * n + 5), torch.tensor(7.0), torch.tensor(3, dtype=torch.int8),
+        torch.tensor(11.0, dtype=torch.float64),
+    )[seed % 6]  # fmt: skip
+    count = count.to(DEVICE) if isinstance(count, torch.Tensor) else count
+    check_cuda("ppo_loss", ops.ppo_loss, args, num_tokens=count, **settings)
+
+
+@pytest.mark.parametrize("seed", [6, 13, 44, 63, 70, 107])
+def test_settings_and_counts(seed):
+    check_drawn(seed)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", range(128))
+def test_drawn_settings(seed):
+    """Every mix of fp32 and bf16 rows."""
+    check_drawn(seed)
+
+
+def test_more_blocks_than_threads_add_them_up():
+    """A block of more than one partial sum for some of the last launch's threads."""
+    check_cuda("ppo_loss", ops.ppo_loss, make_inputs((SUM_THREADS + 3) * BLOCK + 5, entropy=False))
+
+
+@pytest.mark.parametrize("advantage, side", [(1.0, 1), (-1.0, -1), (0.0, 1), (2.0, 0)])
+def test_policy_kink(advantage, side):
+    """rho exactly on the border (or inside, or A = 0): both branches are equal, the unclipped one has the gradient."""
+    logprob = torch.tensor([0.25 * side], device=DEVICE, requires_grad=True)
+    zeros, mask = torch.zeros(1, device=DEVICE), torch.ones(1, dtype=torch.bool, device=DEVICE)
+    args = (logprob, zeros, zeros + advantage, zeros, zeros, zeros, mask)
+    ratio = float(ops.ppo_loss(*args, impl="cuda").ratio_max)
+    out = ops.ppo_loss(*args, clip_ratio=abs(ratio - 1), impl="cuda")
+    out.loss.backward()
+    assert float(logprob.grad) == -ratio * advantage and float(out.clip_fraction) == 0
+
+
+@pytest.mark.parametrize(
+    "value, old, expected",
+    [(0.5, 0.5, -0.5), (1.25, 0.5, 0.25), (1.0, 0.5, 0.0), (1.5, 0.5, 0.5), (0.75, 0.5, -0.25)],
+)
+def test_value_kink(value, old, expected):
+    """value_clip 0.25 to a target of 1; gradient v - R where the unclipped error is chosen, or both are equal."""
+    v = torch.tensor([value], device=DEVICE, requires_grad=True)
+    zeros, mask = torch.zeros(1, device=DEVICE), torch.ones(1, dtype=torch.bool, device=DEVICE)
+    args = (zeros, zeros, zeros, v, zeros + old, zeros + 1, mask)
+    ops.ppo_loss(*args, value_clip=0.25, value_coef=1.0, impl="cuda").loss.backward()
+    assert float(v.grad) == expected
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_tokens_contribute_nothing(junk, dtype):
+    """PPO-6: whatever masked tokens hold, every field and gradient keeps its bits; their gradients are 0."""
+    clean = make_inputs(1200, dtype)
+    dirty = {k: v if k == "mask" else torch.where(clean["mask"], v, junk) for k, v in clean.items()}
+    a, b = (run(x, entropy_coef=0.1) for x in (clean, dirty))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(not b[f"grad_{k}"].cpu()[~clean["mask"]].any() for k in GRADS)
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_micro_batches_add_up(kind):
+    """Loss, metrics and gradients do not depend on the split when num_tokens is global; ratio_max is maximised.
+    The parts begin at addresses that are not 16-byte aligned."""
+    args = make_inputs(1500)
+    n = int(args["mask"].sum())
+    count = n if kind == "number" else torch.tensor(n, device=DEVICE)
+    whole = run(args, entropy_coef=0.05)
+    parts = [
+        run({k: v[a:b] for k, v in args.items()}, entropy_coef=0.05, num_tokens=count)
+        for a, b in itertools.pairwise((0, 17, 17, 1111, 1500))
+    ]
+    for i in range(5):
+        total = sum(p[f"out{i}"].double() for p in parts)
+        torch.testing.assert_close(total.float(), whole[f"out{i}"], rtol=2e-6, atol=1e-7)
+    assert max(p["out5"] for p in parts) == whole["out5"]
+    for name in GRADS:
+        joined = torch.cat([p[f"grad_{name}"] for p in parts])
+        torch.testing.assert_close(joined, whole[f"grad_{name}"], rtol=2e-6, atol=0)
+
+
+def test_first_step_has_ratio_one():
+    """PPO-4: logprobs is old_logprobs: rho = 1 to the bit at every token, KL 0, nothing clipped."""
+    args = place(make_inputs(130))
+    args["old_logprobs"] = args["logprobs"]
+    out = ops.ppo_loss(**args, clip_ratio=0.0, impl="cuda")
+    assert float(out.ratio_max) == 1 and float(out.approx_kl) == 0 and float(out.clip_fraction) == 0
+
+
+@pytest.mark.parametrize("d", [1e-6, -1e-4, 0.03, -0.4999, 0.51, -2.0])
+def test_small_kl_keeps_its_digits(d):
+    """exp(d) - 1 - d is d^2 / 2 for small d: right where the plain difference has no digits."""
+    zeros, d = torch.zeros(1, device=DEVICE), torch.tensor([d])
+    out = ops.ppo_loss(d.to(DEVICE), *(zeros,) * 5, zeros == 0, impl="cuda")
+    exact = float(torch.expm1(d.double()) - d.double())
+    assert abs(float(out.approx_kl) - exact) <= 3e-6 * exact
+
+
+@pytest.mark.parametrize("num_tokens", [None, 0, torch.tensor(0), 10])
+def test_nothing_to_train_on(num_tokens):
+    """All masked, or a count of 0: zeros and zero gradients, never NaN."""
+    args = make_inputs(50)
+    args["mask"] = torch.zeros(50, dtype=torch.bool)
+    count = num_tokens.to(DEVICE) if isinstance(num_tokens, torch.Tensor) else num_tokens
+    for some in (args, {k: v[:0] for k, v in args.items()}):
+        assert all(not v.any() for v in run(some, entropy_coef=0.1, num_tokens=count).values())
+
+
+def test_overflowing_ratio():
+    """rho = inf: clipped with gradient 0 where A > 0, 0 where A = 0, infinite where A < 0."""
+    zeros = torch.zeros(1, device=DEVICE)
+    for advantage, loss, gradient in [(1.0, -1.2, 0.0), (0.0, 0.0, 0.0), (-1.0, torch.inf, torch.inf)]:
+        logprob = torch.full((1,), 200.0, device=DEVICE, requires_grad=True)
+        out = ops.ppo_loss(logprob, zeros, zeros + advantage, zeros, zeros, zeros, zeros == 0, impl="cuda")
+        out.loss.backward()
+        assert out.loss.item() == pytest.approx(loss) and float(logprob.grad) == gradient
+        assert float(out.ratio_max) == torch.inf
+
+
+@pytest.mark.parametrize("at", [7, BLOCK + 700])
+@pytest.mark.parametrize("name", NAMES[:6])
+def test_nan_propagates(name, at):
+    """Also out of a block or a warp that is not the last, and into ratio_max only where rho is NaN."""
+    args = make_inputs(2 * BLOCK + 100, masked=0.0)
+    args[name][at] = torch.nan
+    out = ops.ppo_loss(**place(args), impl="cuda")
+    assert out.loss.isnan() and out.ratio_max.isnan() == (name in ("logprobs", "old_logprobs"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views(dtype):
+    """Elements apart, and rows at addresses that are not 16-byte aligned: the same bits."""
+    args = make_inputs(1304, dtype)
+    shifted = {k: torch.cat((v[:3], v))[3:] for k, v in args.items()}
+    plain = run(args)
+    for views in (shifted, {k: torch.stack((v, v), 1)[:, 0] for k, v in args.items()}):
+        found = run(views)
+        assert all(torch.equal(plain[k], found[k]) for k in plain)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="runs one block alone")
+def test_offsets_past_32_bits(monkeypatch):
+    """The last block of 2^31 tokens (and gradients beyond twice that), where nothing else is touched."""
+    row, mask = reserved(PAST_INT32), reserved(PAST_INT32 // 4).view(torch.bool)
+    row[-64:], mask[-50:] = torch.randn(64), True
+    near, near_mask = row[-64:].clone(), mask[-64:].clone()
+    with library.record() as calls:
+        expected = kernels.ppo_loss(*[near] * 6, near_mask, near, 0.2, 0.2, 0.5, 0.1, 64.0, None)[2]
+    grads, blocks = reserved(3, PAST_INT32), -(-PAST_INT32 // BLOCK)
+    partials, stats = torch.zeros(kernels.PARTIALS, blocks, dtype=torch.float64), torch.empty(7)
+    monkeypatch.setenv("SIMT_LAST", "1")
+    library.launch(
+        "hps_ppo_loss", calls[0].signature, *[row] * 7, 0, mask, PAST_INT32, 0.2, 0.8, 1.2, 0.2, 0.5, 0.1, 1, None,
+        64.0, partials, stats[6:], stats, grads,
+    )  # fmt: skip
+    assert torch.equal(grads[:, -64:], expected)
+    assert partials[:, -1].any() and not partials[:, :-1].any()
+
+
+def test_opcheck():
+    args = place(make_inputs(20))
+    arguments = (*(args[k] for k in NAMES), 0.2, 0.2, 0.5, 0.1, None, None, "cuda")
+    torch.library.opcheck(torch.ops.hpsafety.ppo_loss.default, arguments)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="checks the emulated kernels")
+@pytest.mark.parametrize(
+    "mode, seed, tail", [("fibers", 1, 16), ("fibers", 2, 3), ("tsan", None, 16), ("asan", None, 3)]
+)
+def test_replay(mode, seed, tail):
+    """Other orders of threads and blocks, races, bounds, two writers: nothing is found, and the bytes are the same."""
+    args = make_inputs(BLOCK + tail)
+    args["values"] = args["values"].bfloat16()
+    args["returns"] = torch.cat((args["returns"][:1], args["returns"]))[1:]  # 4 bytes past a 16-byte address
+    with replay.recorded() as calls:
+        ops.ppo_loss(**args, impl="cuda")
+    replay.run(calls[0], mode, seed, read_back=(PARTIALS,))
