@@ -8,6 +8,7 @@ Objects are kept in build/simt by content. The emulated library is what HPSAFETY
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,9 +86,22 @@ def _tree(files: dict[str, str], digest: str) -> Path:
     return folder
 
 
+def _with_headers(source: str, files: dict[str, str]) -> dict[str, str]:
+    """The files that a source is compiled of."""
+    needed, waiting = {}, [source]
+    while waiting:
+        name = waiting.pop()
+        if name in files and name not in needed:
+            needed[name] = files[name]
+            folder = name.rpartition("/")[0]
+            found = re.findall(r'^ *#include "([^"]+)"', files[name], re.MULTILINE)
+            waiting += [os.path.normpath(f"{folder}/{header}") for header in found]
+    return needed
+
+
 def make_object(source: str, files: dict[str, str], mode: str = "fibers") -> Path:
-    """One .cu, by its name below csrc. Headers are part of the content; other .cu files are not."""
-    needed = {name: text for name, text in files.items() if name == source or not name.endswith(".cu")}
+    """One .cu, by its name below csrc. Headers that it includes are part of the content; other files are not."""
+    needed = _with_headers(source, files)
     flags = [*FLAGS, *MODES[mode]]
     digest = _digest(source, *flags, *(part for pair in sorted(needed.items()) for part in pair))
 
