@@ -8,6 +8,7 @@ Objects are kept in build/simt by content. The emulated library is what HPSAFETY
 import fcntl
 import hashlib
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA, SIMT = ROOT / "csrc" / "cuda", ROOT / "csrc" / "simt"
 BUILD = ROOT / "build" / "simt"
+INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 FLAGS = [
     "-x", "c++", "-std=c++17", "-fPIC", "-w", "-fno-gnu-unique", "-ffp-contract=off", "-fno-strict-aliasing",
 ]  # fmt: skip
@@ -86,22 +88,21 @@ def _tree(files: dict[str, str], digest: str) -> Path:
     return folder
 
 
-def _with_headers(source: str, files: dict[str, str]) -> dict[str, str]:
-    """The files that a source is compiled of."""
-    needed, waiting = {}, [source]
+def included(source: str, files: dict[str, str]) -> dict[str, str]:
+    """A file and all those that it includes: path below csrc -> text."""
+    found, waiting = {}, [source]
     while waiting:
         name = waiting.pop()
-        if name in files and name not in needed:
-            needed[name] = files[name]
-            folder = name.rpartition("/")[0]
-            found = re.findall(r'^ *#include "([^"]+)"', files[name], re.MULTILINE)
-            waiting += [os.path.normpath(f"{folder}/{header}") for header in found]
-    return needed
+        if name not in found and name in files:
+            found[name] = files[name]
+            folder = posixpath.dirname(name)
+            waiting += [posixpath.normpath(f"{folder}/{x}") for x in INCLUDE.findall(files[name])]
+    return found
 
 
 def make_object(source: str, files: dict[str, str], mode: str = "fibers") -> Path:
-    """One .cu, by its name below csrc. Headers that it includes are part of the content; other files are not."""
-    needed = _with_headers(source, files)
+    """One .cu, by its name below csrc. It is made again only where it or a header that it includes is another."""
+    needed = included(source, files)
     flags = [*FLAGS, *MODES[mode]]
     digest = _digest(source, *flags, *(part for pair in sorted(needed.items()) for part in pair))
 
