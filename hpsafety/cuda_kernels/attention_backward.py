@@ -8,7 +8,8 @@ share its tile.
 from hpsafety.cuda_kernels.library import launch
 from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
 
-KEYS, ROWS = 128, 128  # of a tile: attention_backward_keys_*.cu, attention_backward_rows_*.cu
+KEYS = {64: 96, 128: 128}  # of a tile, by head dim: attention_backward_keys_*.cu
+ROWS = 128  # of a tile: attention_backward_rows_*.cu
 MOST_PACKED = 16  # query heads of a kv head that are rows of one tile
 VIEWS = "pppp ll ll ll ll"  # grad, q, k, v and their strides
 
@@ -40,7 +41,7 @@ def attention_backward(grad, q, k, v, out, lse, segments, softmax_scale, determi
         "hps_attention_delta", "ppp ll liii i pp", grad, out, lse, *grad.stride()[:2], *group, dim, lse_of_rows, delta
     )
     views = (grad, q, k, v, *(stride for x in (grad, q, k, v) for stride in x.stride()[:2]))
-    tables = key_tiles(segments, tokens, KEYS)
+    tables = key_tiles(segments, tokens, KEYS[dim])
     launch(
         f"hps_attention_backward_keys_d{dim}", f"{VIEWS} pp ppp l liii d pp", *views, lse_of_rows, delta, segments,
         tables.tiles, tables.runs, len(tables.tiles), *group, softmax_scale, dk, dv,
