@@ -1,10 +1,10 @@
-// attention, backward: dK and dV. A block owns a tile of keys and goes over all blocks of query rows that see them. Limit:
-// FLOPs on the tensor cores.
+// attention, backward: dK and dV. A block owns a tile of keys and goes over all blocks of query rows that see them.
+// Limit: FLOPs on the tensor cores.
 //
 // Two warps share 16 SQUARES keys. One holds K and sums dV: it makes the weights P^T = 2^(K Q^T - lse) of a block, and
-// adds P^T dO. The other holds V and sums dK: a block later it makes dS^T = P^T (V dO^T - delta), and adds dS^T Q. P goes
-// through shared memory, in fp32. So a warp has twice the keys that it could hold both gradients of, and reads half as
-// much from shared memory for a product: at head dim 128 the port of shared memory would be the limit else.
+// adds P^T dO. The other holds V and sums dK: a block later it makes dS^T = P^T (V dO^T - delta), and adds dS^T Q.
+// P goes through shared memory, in fp32. So a warp has twice the keys that it could hold both gradients of, and reads
+// half as much from shared memory for a product: at head dim 128 the port of shared memory would be the limit else.
 #pragma once
 #include "attention_backward.cuh"
 
@@ -29,7 +29,7 @@ struct KeysSpan {
   int next;           // the index of the next span to look at
 };
 
-constexpr int KEYS_SPANS = 4;  // of the block before, of the one that is computed, of the next one, the one that comes then
+constexpr int KEYS_SPANS = 4;  // of the block before, of the one that is computed, of the next one, the one then
 
 // A row of attention_tiles.key_tiles, and the spans of its work. In shared memory: registers are full.
 struct KeysWork {
@@ -37,8 +37,8 @@ struct KeysWork {
   KeysSpan spans[KEYS_SPANS];
 };
 
-// SQUARES times 16 keys a pair of warps. HELD of the fragments of K or V stay in registers, the rest in shared memory, in
-// the threads' order.
+// SQUARES times 16 keys a pair of warps. HELD of the fragments of K or V stay in registers, the rest in shared memory,
+// in the threads' order.
 template <int DIM, int WARPS, int SQUARES, int HELD, int BLOCK_ROWS>
 struct KeysShape {
   static constexpr int THREADS = WARPS * 32, HALF = THREADS / 2, KEYS = WARPS / 2 * SQUARES * 16, ROWS = BLOCK_ROWS;
@@ -57,6 +57,11 @@ struct KeysShape {
     return PARTS + ((m * (DIM / 16) + c - HELD) * THREADS + static_cast<int>(threadIdx.x)) * 16;
   }
   static __device__ __forceinline__ int after(int stage) { return stage == 2 * STAGE ? 0 : stage + STAGE; }
+  // Where the next block goes, of a warp that is at the one before (PULLS) or at this one.
+  template <bool PULLS>
+  static __device__ __forceinline__ int free_stage(int stage) {
+    return PULLS ? after(after(stage)) : after(stage);
+  }
   static __device__ __forceinline__ int other(int weights) { return 2 * WEIGHTS + BLOCK - weights; }
 };
 
@@ -181,7 +186,7 @@ struct KeysTile {
 template <bool PULLS, bool MASKED, int DIM, int SQUARES, class Shape>
 __device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, unsigned char* shared, int at_stage, int at_weights,
                                          const Fragments<DIM>& f, int slice, float scale_log2, const int* bounds) {
-  const unsigned char *stage = shared + at_stage;
+  const unsigned char* stage = shared + at_stage;
   unsigned char* weights = shared + at_weights;
   const unsigned char *q = stage, *grad = stage + Shape::TILE;
   const unsigned char* values = grad + Shape::TILE + threadIdx.x % 4 * Shape::PAIR + slice * 8 * Shape::PAIR;
@@ -267,7 +272,7 @@ __device__ __forceinline__ void add_blocks(KeysTile<DIM, SQUARES>& t, const Keys
       do {
         cp_async_wait<0>();
         __syncthreads();
-        loader.template copy<true>(shared + (PULLS ? Shape::after(Shape::after(stage)) : Shape::after(stage)), 0);
+        loader.template copy<true>(shared + Shape::template free_stage<PULLS>(stage), 0);
 #pragma unroll
         for (int slice = 0; slice < Shape::ROWS / 16; slice++)
           add_rows<PULLS, false, DIM, SQUARES, Shape>(t, shared, stage, weights, f, slice, a.scale_log2, nullptr);
@@ -282,7 +287,8 @@ __device__ __forceinline__ void add_blocks(KeysTile<DIM, SQUARES>& t, const Keys
       if (next.block >= 0) {
         const KeysSpan& n = spans[next.span];
         if (next.span != one.span) loader.begin(n, next.block);
-        loader.template copy<false>(shared + (PULLS ? Shape::after(Shape::after(stage)) : Shape::after(stage)), rows_of<Shape>(n, next.block, a.group.log_pack));
+        loader.template copy<false>(shared + Shape::template free_stage<PULLS>(stage),
+                                    rows_of<Shape>(n, next.block, a.group.log_pack));
         if (next.span != one.span && threadIdx.x == 0)
           find_span<Shape>(spans[(one.span + 2) % KEYS_SPANS], a, work, n.next);
       }

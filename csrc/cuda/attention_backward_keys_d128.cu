@@ -9,6 +9,6 @@ extern "C" int hps_attention_backward_keys_d128(
   using attention::heads;
   return attention::launch_keys<128, 8, 2, 14, 32, 1>(
       heads(grad, grad_token, grad_head), heads(q, q_token, q_head), heads(k, k_token, k_head),
-      heads(v, v_token, v_head), lse, delta, segments, tiles, runs, num_tiles, tokens, kv_heads, chunks, log_pack, scale,
-      dk, dv, stream);
+      heads(v, v_token, v_head), lse, delta, segments, tiles, runs, num_tiles, tokens, kv_heads, chunks, log_pack,
+      scale, dk, dv, stream);
 }

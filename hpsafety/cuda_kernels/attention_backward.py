@@ -34,11 +34,23 @@ def attention_backward(grad, q, k, v, out, lse, segments, softmax_scale, determi
     grad, q, k, v, out = map(words, (grad, q, k, v, out.contiguous()))
     lse, segments = lse.contiguous(), segments.contiguous()
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    lse_of_rows, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)  # in the order of the blocks' rows
+    lse_of_rows, delta = (
+        lse.new_empty(lse.shape),
+        lse.new_empty(lse.shape),
+    )  # in the order of the blocks' rows
     packed = log_pack(heads // kv_heads)
     group = (tokens, kv_heads, heads // kv_heads >> packed, packed)
     launch(
-        "hps_attention_delta", "ppp ll liii i pp", grad, out, lse, *grad.stride()[:2], *group, dim, lse_of_rows, delta
+        "hps_attention_delta",
+        "ppp ll liii i pp",
+        grad,
+        out,
+        lse,
+        *grad.stride()[:2],
+        *group,
+        dim,
+        lse_of_rows,
+        delta,
     )
     views = (grad, q, k, v, *(stride for x in (grad, q, k, v) for stride in x.stride()[:2]))
     tables = key_tiles(segments, tokens, KEYS[dim])
