@@ -68,8 +68,12 @@ inline unsigned lanes_in(unsigned warp) { return std::min(32u, num_threads - war
 // ---- what is written by whom. A watched tensor is looked at before and after every block.
 //
 // `output`: nothing reads it in the launch. What a block wrote is put aside and the place filled with poison again, so
+<<<<<<< HEAD
 // that a second block's write is seen whatever its value is: but for a byte of the poison's own value, which counts as
 // not written.
+=======
+// that a second block's write is seen, unless it has the poison's value.
+>>>>>>> cb
 struct Watch {
   unsigned char* at;
   size_t bytes;
@@ -110,10 +114,15 @@ inline void after_block() {
         w.before[i] = w.at[i];
     }
 }
-// The launches are over: outputs get what was written, and keep what was there where nothing was.
+// The launches are over: outputs get what was written, and keep what was there where nothing was. A byte that was not
+// seen to change beside one that was, in a number of two bytes or more, was written with the poison's value.
 inline void end_watch() {
-  for (auto& w : watches)
-    if (w.output) memcpy(w.at, w.result.data(), w.bytes);
+  for (auto& w : watches) {
+    if (!w.output) continue;
+    for (size_t i = 0; i < w.bytes; i++)
+      if (w.owner[i] < 0 && (i ^ 1) < w.bytes && w.owner[i ^ 1] >= 0) w.result[i] = POISON;
+    memcpy(w.at, w.result.data(), w.bytes);
+  }
   watches.clear();
 }
 inline void mark_atomic(void* p, size_t bytes) {
