@@ -68,12 +68,8 @@ inline unsigned lanes_in(unsigned warp) { return std::min(32u, num_threads - war
 // ---- what is written by whom. A watched tensor is looked at before and after every block.
 //
 // `output`: nothing reads it in the launch. What a block wrote is put aside and the place filled with poison again, so
-<<<<<<< HEAD
 // that a second block's write is seen whatever its value is: but for a byte of the poison's own value, which counts as
 // not written.
-=======
-// that a second block's write is seen, unless it has the poison's value.
->>>>>>> cb
 struct Watch {
   unsigned char* at;
   size_t bytes;
