@@ -188,6 +188,7 @@ def attention_backward_keys(
         seen1 = tl.load(part_ptr + 1)
         row0 = tl.load(part_ptr + 2)
         row1 = tl.where((seen0 < key0 + KEYS) & (seen1 > key0), tl.load(part_ptr + 3), row0)
+        # A prefix ends before the rows that see it begin: for a run, begin is 0, and so is diagonal if it counts.
         begin = tl.maximum(key0 - row0, 0) // TOKENS
         diagonal = tl.cdiv(tl.maximum(key0 + KEYS - 1 - row0, 0), TOKENS)
         inside = (seen0 <= key0) & (tl.minimum(key0 + KEYS, tokens) <= seen1)

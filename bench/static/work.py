@@ -180,7 +180,7 @@ MAY_SPILL = {"attention_forward"}
 # Spills that stand until somebody cures them: kernel and chip -> most bytes in a loop, and in the hot one. A row beyond
 # this is a fault.
 KNOWN_SPILLS = {
-    ("attention_forward", "sm_80"): (4, 0),
+    ("attention_forward", "sm_80"): (8, 0),
 }
 
 # Of a function's operations, the share that a kernel does, recomputation included: more than 1 together then. The

@@ -80,4 +80,10 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #include "../simt/simt.h"
 #endif
 
+// A kernel as a value that a lambda takes: SIMT_LAUNCH((one.kernel), ...).
+template <auto Kernel>
+struct One {
+  static constexpr auto kernel = Kernel;
+};
+
 constexpr int BAD_ARGUMENT = 1;  // cudaErrorInvalidValue: what a launcher says to sizes it has no kernel for

@@ -202,12 +202,12 @@ extern "C" int hps_logprob_update(const void* logits, int64_t rows, int64_t word
                                   const void* targets, int targets64, float alpha, void* m, void* s, void* u,
                                   void* at_target, void* stream) {
   if (!grid_fits(rows) || words <= 0 || stride < words || !aligned(logits, stride * 4)) return BAD_ARGUMENT;
-  auto launch = [&](auto kernel) {
-    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(rows)), dim3(THREADS), THREADS / 32 * sizeof(float), stream,
+  auto launch = [&](auto one) {
+    return SIMT_LAUNCH((one.kernel), dim3(static_cast<unsigned>(rows)), dim3(THREADS), THREADS / 32 * sizeof(float), stream,
                        floats(logits), stride, words, first_word, targets, targets64, alpha, floats(m), floats(s),
                        floats(u), floats(at_target));
   };
-  return u ? launch(update<true>) : launch(update<false>);
+  return u ? launch(One<update<true>>{}) : launch(One<update<false>>{});
 }
 
 extern "C" int hps_logprob_finish(const void* m, const void* s, const void* u, const void* at_target, void* logprobs,
@@ -225,13 +225,13 @@ extern "C" int hps_logprob_dlogits(void* logits, int64_t rows, int64_t words, in
                                    int bf16, void* stream) {
   if (!grid_fits(rows) || words <= 0 || stride < words || !aligned(logits, stride * 4) || !grad) return BAD_ARGUMENT;
   Incoming incoming{floats(grad), floats(grad_entropy)};
-  auto launch = [&](auto kernel) {
-    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(rows)), dim3(THREADS), 0, stream, floats(logits), stride,
+  auto launch = [&](auto one) {
+    return SIMT_LAUNCH((one.kernel), dim3(static_cast<unsigned>(rows)), dim3(THREADS), 0, stream, floats(logits), stride,
                        words, first_word, targets, targets64, alpha, incoming, floats(m), floats(log_s),
                        floats(entropies));
   };
-  if (grad_entropy) return bf16 ? launch(dlogits<true, true>) : launch(dlogits<false, true>);
-  return bf16 ? launch(dlogits<true, false>) : launch(dlogits<false, false>);
+  if (grad_entropy) return bf16 ? launch(One<dlogits<true, true>>{}) : launch(One<dlogits<false, true>>{});
+  return bf16 ? launch(One<dlogits<true, false>>{}) : launch(One<dlogits<false, false>>{});
 }
 
 // from (rows, width), `stride` elements apart, to dense rows; kind 0: fp32, 1: bf16, 2: fp32 to bf16.
@@ -241,12 +241,12 @@ extern "C" int hps_logprob_keep_rows(const void* from, int64_t stride, void* to,
   Incoming incoming{floats(grad), floats(grad_entropy)};
   int64_t in = kind == 1 ? 2 : 4, out = kind == 0 ? 4 : 2;
   int words = aligned(from, stride * in) && aligned(to, width * out) && width * in % 16 == 0;
-  auto launch = [&](auto kernel, auto* x, auto* y) {
-    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(rows)), dim3(THREADS), 0, stream, x, stride, y, width,
+  auto launch = [&](auto one, auto* x, auto* y) {
+    return SIMT_LAUNCH((one.kernel), dim3(static_cast<unsigned>(rows)), dim3(THREADS), 0, stream, x, stride, y, width,
                        incoming, words);
   };
   auto* half = static_cast<__nv_bfloat16*>(to);
-  if (kind == 0) return launch(keep_rows<float, float>, floats(from), floats(to));
-  if (kind == 1) return launch(keep_rows<__nv_bfloat16, __nv_bfloat16>, static_cast<const __nv_bfloat16*>(from), half);
-  return launch(keep_rows<float, __nv_bfloat16>, floats(from), half);
+  if (kind == 0) return launch(One<keep_rows<float, float>>{}, floats(from), floats(to));
+  if (kind == 1) return launch(One<keep_rows<__nv_bfloat16, __nv_bfloat16>>{}, static_cast<const __nv_bfloat16*>(from), half);
+  return launch(One<keep_rows<float, __nv_bfloat16>>{}, floats(from), half);
 }

@@ -91,10 +91,10 @@ extern "C" int hps_paged_merge(const void* out, const void* top, const void* tot
   if (queries <= 0 || blocks > INT32_MAX || (dim != 64 && dim != 128)) return BAD_ARGUMENT;
   auto floats = [](const void* p) { return static_cast<const float*>(p); };
   auto ints = [](const void* p) { return static_cast<const int*>(p); };
-  auto launch = [&](auto kernel) {
-    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(blocks)), dim3(MERGE), 0, stream, floats(out), floats(top),
+  auto launch = [&](auto one) {
+    return SIMT_LAUNCH((one.kernel), dim3(static_cast<unsigned>(blocks)), dim3(MERGE), 0, stream, floats(out), floats(top),
                        floats(total), ints(lens), ints(prefix_lens), ints(group_of), static_cast<__nv_bfloat16*>(y),
                        queries, heads, slots, slot0);
   };
-  return dim == 64 ? launch(merge<64>) : launch(merge<128>);
+  return dim == 64 ? launch(One<merge<64>>{}) : launch(One<merge<128>>{});
 }

@@ -311,11 +311,11 @@ template <int DIM>
 int launch_own(const Arguments& a, int64_t batch, int64_t slot0, void* stream) {
   int64_t blocks = (a.heads + ROWS - 1) / ROWS * a.kv_heads * batch * a.splits;
   if (!fits(a, blocks)) return BAD_ARGUMENT;
-  auto launch = [&](auto kernel) {
-    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), SHARED<DIM>, stream, make_pass(a),
+  auto launch = [&](auto one) {
+    return SIMT_LAUNCH((one.kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), SHARED<DIM>, stream, make_pass(a),
                        batch, slot0);
   };
-  return aligned(a) ? launch(attend_own<DIM, true>) : launch(attend_own<DIM, false>);
+  return aligned(a) ? launch(One<attend_own<DIM, true>>{}) : launch(One<attend_own<DIM, false>>{});
 }
 
 template <int DIM>
@@ -323,11 +323,11 @@ int launch_prefixes(const Arguments& a, const int* order, const int* bounds, con
                     void* stream) {
   int64_t blocks = tiles * a.kv_heads * a.splits;
   if (!fits(a, blocks)) return BAD_ARGUMENT;
-  auto launch = [&](auto kernel) {
-    return SIMT_LAUNCH((kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), SHARED<DIM>, stream, make_pass(a),
+  auto launch = [&](auto one) {
+    return SIMT_LAUNCH((one.kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS), SHARED<DIM>, stream, make_pass(a),
                        order, bounds, group_of_tile, tiles);
   };
-  return aligned(a) ? launch(attend_prefixes<DIM, true>) : launch(attend_prefixes<DIM, false>);
+  return aligned(a) ? launch(One<attend_prefixes<DIM, true>>{}) : launch(One<attend_prefixes<DIM, false>>{});
 }
 
 }  // namespace paged
