@@ -8,6 +8,8 @@ Objects are kept in build/simt by content. The emulated library is what HPSAFETY
 import fcntl
 import hashlib
 import os
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA, SIMT = ROOT / "csrc" / "cuda", ROOT / "csrc" / "simt"
 BUILD = ROOT / "build" / "simt"
+INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 FLAGS = [
     "-x", "c++", "-std=c++17", "-fPIC", "-w", "-fno-gnu-unique", "-ffp-contract=off", "-fno-strict-aliasing",
 ]  # fmt: skip
@@ -85,9 +88,21 @@ def _tree(files: dict[str, str], digest: str) -> Path:
     return folder
 
 
+def included(source: str, files: dict[str, str]) -> dict[str, str]:
+    """A file and all those that it includes: path below csrc -> text."""
+    found, waiting = {}, [source]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name in files:
+            found[name] = files[name]
+            folder = posixpath.dirname(name)
+            waiting += [posixpath.normpath(f"{folder}/{x}") for x in INCLUDE.findall(files[name])]
+    return found
+
+
 def make_object(source: str, files: dict[str, str], mode: str = "fibers") -> Path:
-    """One .cu, by its name below csrc. Headers are part of the content; other .cu files are not."""
-    needed = {name: text for name, text in files.items() if name == source or not name.endswith(".cu")}
+    """One .cu, by its name below csrc. It is made again only where it or a header that it includes is another."""
+    needed = included(source, files)
     flags = [*FLAGS, *MODES[mode]]
     digest = _digest(source, *flags, *(part for pair in sorted(needed.items()) for part in pair))
 
