@@ -92,6 +92,7 @@ def test_not_numbers():
     out = score(from_logits([1.0, nan, 2.0, nan, nan], [nan] * 5, [True] * 5, [3, 2]))
     assert out.best_of_group.tolist() == [2, 3] and out.whitened.isnan().all()
     assert score(from_logits([3.0, 3.0])).whitened.tolist() == [0.0, 0.0]
+    assert score(from_logits([3.0, nan, 3.0], [nan] * 3, [True] * 3)).whitened.isnan().all()
 
 
 @pytest.mark.parametrize("width", [64, 63])

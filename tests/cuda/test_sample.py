@@ -47,65 +47,6 @@ def both(logits, settings, seeds, positions):
     return ours
 
 
-# ---- the arithmetic ----
-
-ARITHMETIC = """
-#include <cstdio>
-#include "sample_arithmetic.cuh"
-using namespace sampling;
-int main() {
-  uint64_t state = 1;
-  auto next = [&] {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<uint32_t>(state >> 32);
-  };
-  const uint32_t ends[] = {0, 1, (1u << 30) - 1, 1u << 30, ~0u - 1, ~0u};
-  const float borders[] = {0.f, -40.f, -41.f, -INFINITY, -17.5f, -3e38f};
-  for (int i = 0; i < 8192; i++) {
-    uint32_t word = i < 6 ? ends[i] : next() >> next() % 32;
-    float y = -static_cast<float>(next()) * 0x1p-32f * ldexpf(1.f, static_cast<int>(next() % 20) - 12);
-    if (i < 4000) y = -17.f - static_cast<float>(next()) * 0x1p-32f;  // masses below 2^23, some of which end in .5
-    if (i < 6) y = borders[i];
-    long long mass = mass_of(y);
-    printf("%d %u %lld %d\\n", __float_as_int(y), word, mass, __float_as_int(noise_of(word)));
-  }
-  long wrong = 0;
-  for (uint64_t i = 0; i < 1 << 21; i++) {  // the first and the last words, and others
-    uint32_t word = static_cast<uint32_t>(i < 1 << 16 ? i : i < 1 << 17 ? ~i : i * 2048 + next() % 2048);
-    wrong += !(noise_bound(word) >= noise_of(word));
-  }
-  printf("%ld\\n", wrong);
-  return 0;
-}
-"""
-
-
-@emulated_only
-def test_masses_and_noise_are_the_definitions():
-    """Over exponents, ends and halves: masses that end in .5 go to the even one. No bound is below its noise."""
-    ((code, text),) = programs.run(ARITHMETIC)
-    *rows, wrong = [[int(x) for x in line.split()] for line in text.splitlines()]
-    y, word, mass, noise = torch.tensor(rows).T
-    assert code == 0 and len(rows) == 8192 and wrong == [0]
-    assert torch.equal(mass, definition.mass(y.int().view(torch.float32)))
-    assert torch.equal(noise.int(), definition.noise(word).view(torch.int32))
-
-
-def test_nothing_is_fused(tmp_path):
-    """In the compiler's own words: no multiply-add, and no addition or multiplication that it may still fuse."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    for name, text in emulation.texts().items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    command = [nvcc, "-O3", "-std=c++17", "-arch=sm_80", "-ptx", "-o", "out.ptx", "cuda/sample.cu"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    ptx = (tmp_path / "out.ptx").read_text(encoding="utf-8")
-    assert ptx.count("mul.rn.f32") > 100 and ptx.count("add.rn.f32") > 100
-    assert not re.findall(r"\b(?:fma\S*|add|sub|mul)(?:\.ftz)?\.f(?:32|64)", ptx)
-
-
 # ---- tokens and logprobs ----
 
 
@@ -316,6 +257,68 @@ def test_kernel_refuses_what_it_would_read_past():
         torch.ops.hpsafety.sample(torch.zeros(3, 8), 1.0, 1.0, 0, numbers[:2], numbers, "cuda")
     with pytest.raises(ValueError, match="columns"):
         torch.ops.hpsafety.sample(torch.zeros(3, 0), 1.0, 1.0, 0, numbers, numbers, "cuda")
+
+
+# ---- the arithmetic ----
+
+ARITHMETIC = """
+#include <cstdio>
+#include "sample_arithmetic.cuh"
+using namespace sampling;
+int main() {
+  uint64_t state = 1;
+  auto next = [&] {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state >> 32);
+  };
+  const uint32_t ends[] = {0, 1, (1u << 30) - 1, 1u << 30, ~0u - 1, ~0u};
+  const float borders[] = {0.f, -40.f, -41.f, -INFINITY, -17.5f, -3e38f};
+  for (int i = 0; i < 8192; i++) {
+    uint32_t word = i < 6 ? ends[i] : next() >> next() % 32;
+    float y = -static_cast<float>(next()) * 0x1p-32f * ldexpf(1.f, static_cast<int>(next() % 20) - 12);
+    if (i < 4000) y = -17.f - static_cast<float>(next()) * 0x1p-32f;  // masses below 2^23, some of which end in .5
+    if (i < 6) y = borders[i];
+    long long mass = mass_of(y);
+    printf("%d %u %lld %d\\n", __float_as_int(y), word, mass, __float_as_int(noise_of(word)));
+  }
+  long wrong = 0;
+  for (uint64_t i = 0; i < 1 << 21; i++) {  // the first and the last words, and others
+    uint32_t word = static_cast<uint32_t>(i < 1 << 16 ? i : i < 1 << 17 ? ~i : i * 2048 + next() % 2048);
+    wrong += !(noise_bound(word) >= noise_of(word));
+  }
+  printf("%ld\\n", wrong);
+  return 0;
+}
+"""
+
+
+@emulated_only
+def test_masses_and_noise_are_the_definitions():
+    """Over exponents, ends and halves: masses that end in .5 go to the even one. No bound is below its noise."""
+    ((code, text),) = programs.run(ARITHMETIC)
+    *rows, wrong = [[int(x) for x in line.split()] for line in text.splitlines()]
+    y, word, mass, noise = torch.tensor(rows).T
+    assert code == 0 and len(rows) == 8192 and wrong == [0]
+    assert torch.equal(mass, definition.mass(y.int().view(torch.float32)))
+    assert torch.equal(noise.int(), definition.noise(word).view(torch.int32))
+
+
+def test_nothing_is_fused(tmp_path):
+    """In the compiler's own words: no multiply-add, and no addition or multiplication that it may still fuse."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    for name, text in emulation.texts().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    command = [nvcc, "-O3", "-std=c++17", "-arch=sm_80", "-ptx", "-o", "out.ptx", "cuda/sample.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    ptx = (tmp_path / "out.ptx").read_text(encoding="utf-8")
+    assert ptx.count("mul.rn.f32") > 100 and ptx.count("add.rn.f32") > 100
+    assert not re.findall(r"\b(?:fma\S*|add|sub|mul)(?:\.ftz)?\.f(?:32|64)", ptx)
+
+
+# ---- other orders, and drawn shapes ----
 
 
 @emulated_only

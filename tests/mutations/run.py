@@ -21,6 +21,7 @@ from tests.mutations.mutants import FOLDER, ROOT, Mutant, control, load
 
 RESULTS = ROOT / "build" / "mutations.json"
 LIMIT_S = 120
+SIMT_DIED = 97  # how csrc/simt ends a process: a deadlock, a barrier reached from two lines
 GOOD = {"killed", "crashed", "hung", "equivalent", "passed"}
 
 
@@ -56,6 +57,8 @@ def judge(code: int | None, seen: dict, library: Path, output: str) -> dict:
         return {"status": "hung", "test": test, "by": f"no end within {LIMIT_S} s"}
     if code < 0:
         return {"status": "crashed", "test": test, "by": signal.Signals(-code).name}
+    if code == SIMT_DIED:
+        return {"status": "crashed", "test": test, "by": "csrc/simt"}
     if code in (0, 1) and seen.get("library") != library.name:
         return {"status": "error", "test": test, "by": f"the tests ran on {seen.get('library')}"}
     if code == 0:
