@@ -80,6 +80,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
 #endif
   unsigned char *to_k = shared + F::K + Copy::to(), *to_v = shared + F::V + Copy::to();
   typename F::Scores s;
+  auto weights = [&](typename F::Weights& w, int k) { make_weights<DIM>(w, sums, s, k, a.scale); };
   copy_queries<DIM>(a.q, plan.rows, shared + F::Q);
   int left = plan.whole - 1;  // the last goes with the rest, that a copy for those may begin in it
   {
@@ -107,11 +108,11 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
       k += a.k_block;
       cp_async_commit();
       raise_where_needed<DIM>(sums, s, a.scale);
-      add_values<DIM>(sums, s, shared + F::V, at_v, a.scale);
+      add_values<DIM>(sums, shared + F::V, at_v, weights);
     }
   }
   bool more = true;
-  for (int turn = 0; more; turn ^= 1) {
+  for (int turn = 0; more; turn ^= 1) {  // the second launch makes its offsets again, for want of registers
     cp_async_wait<0>();
     __syncthreads();
     Keys now = plan.rest[turn];
@@ -119,7 +120,8 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
     cp_async_commit();
     if (threadIdx.x == 0) plan.rest[turn ^ 1] = plan.behind(now, a.segments);
     __syncwarp();
-    make_scores<DIM>(s, shared + F::Q + q_at, at_v, shared + F::K, at_k);
+    make_scores<DIM>(s, shared + F::Q + q_at, REDO ? Fragments<DIM>::left(0) : at_v, shared + F::K,
+                     REDO ? Fragments<DIM>::right(0) : at_k);
     cp_async_wait<0>();
     __syncthreads();
     Keys next = plan.rest[turn ^ 1];
@@ -128,8 +130,16 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
     cp_async_commit();
     mask_scores<DIM>(s, plan.rest[turn], plan.rows);
     raise_where_needed<DIM>(sums, s, a.scale);
-    if (REDO) add_not_finite<DIM>(sums, s, a.scale, plan.rest[turn], plan.rows, shared);
-    add_values<DIM>(sums, s, shared + F::V, at_v, a.scale);
+    if constexpr (REDO) {
+      keep_weights<DIM>(sums, s, a.scale, shared);
+      add_not_finite<DIM>(sums, plan.rest[turn], plan.rows, shared);
+      add_values<DIM>(sums, shared + F::V, Fragments<DIM>::left(0), [&](typename F::Weights& w, int k) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) w[i / 4][i % 4] = kept_weight<DIM>(shared, i / 4, i % 4, k);
+      });
+    } else {
+      add_values<DIM>(sums, shared + F::V, at_v, weights);
+    }
   }
 }
 

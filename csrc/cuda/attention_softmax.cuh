@@ -112,8 +112,8 @@ __device__ __forceinline__ void raise_where_needed(Sums<DIM>& sums, const typena
   if (__any_sync(~0u, rises)) raise<DIM>(sums, most, scale);
 }
 
-// Weights 2^(score - top) of keys 16 k.. of a block.
-template <int DIM, bool ADD>
+// Weights 2^(score - top) of keys 16 k.. of a block, and their sums.
+template <int DIM>
 __device__ __forceinline__ void make_weights(typename Forward<DIM>::Weights& w, Sums<DIM>& sums,
                                              const typename Forward<DIM>::Scores& s, int k, float scale) {
 #pragma unroll
@@ -123,18 +123,19 @@ __device__ __forceinline__ void make_weights(typename Forward<DIM>::Weights& w, 
       int r = 2 * m + i % 2;
       float low = exp2_fast(fmaf(s[m][2 * k + i / 2][i % 2 * 2], scale, sums.minus_top[r]));
       float high = exp2_fast(fmaf(s[m][2 * k + i / 2][i % 2 * 2 + 1], scale, sums.minus_top[r]));
-      if (ADD) sums.total[r] = __fadd_rn(__fadd_rn(sums.total[r], low), high);
+      sums.total[r] = __fadd_rn(__fadd_rn(sums.total[r], low), high);
       w[m][i] = pack_bf16(low, high);
     }
 }
 
-template <int DIM>
-__device__ __forceinline__ void add_values(Sums<DIM>& sums, const typename Forward<DIM>::Scores& s,
-                                           const unsigned char* v, const Fragments<DIM>& at, float scale) {
+// weights(w, k): those of keys 16 k..
+template <int DIM, class Make>
+__device__ __forceinline__ void add_values(Sums<DIM>& sums, const unsigned char* v, const Fragments<DIM>& at,
+                                           Make weights) {
 #pragma unroll
   for (int k = 0; k < Forward<DIM>::KEYS / 16; k++) {
     typename Forward<DIM>::Weights w;
-    make_weights<DIM, true>(w, sums, s, k, scale);
+    weights(w, k);
 #pragma unroll
     for (int d = 0; d < DIM / 16; d++) {
       uint32_t b[4];
@@ -168,24 +169,33 @@ __device__ __forceinline__ float low_half(uint32_t word) { return __uint_as_floa
 __device__ __forceinline__ float high_half(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < INF; }
 
-// acc += weights @ v over those values of a block that are NaN or infinite, for the rows that see them; then v has
-// zeros in their place. The whole block calls it.
+// Where a weight of this lane stands in shared memory, in the second launch, whose sums leave no registers for them.
 template <int DIM>
-__device__ void add_not_finite(Sums<DIM>& sums, const typename Forward<DIM>::Scores& s, float scale,
-                               const Keys& keys, const TileRow* rows, unsigned char* shared) {
-  using F = Forward<DIM>;
-  int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-  bf16* weights = reinterpret_cast<bf16*>(shared + F::WEIGHTS) + (threadIdx.x / 32 * 32 + group) * F::KEYS;
+__device__ __forceinline__ uint32_t& kept_weight(unsigned char* shared, int m, int i, int k) {
+  int row = row_of(2 * m + i % 2), key = k * 16 + i / 2 * 8 + threadIdx.x % 4 * 2;
+  return *reinterpret_cast<uint32_t*>(shared + Forward<DIM>::WEIGHTS + (row * Forward<DIM>::KEYS + key) * 2);
+}
+template <int DIM>
+__device__ __forceinline__ void keep_weights(Sums<DIM>& sums, const typename Forward<DIM>::Scores& s, float scale,
+                                             unsigned char* shared) {
 #pragma unroll
-  for (int k = 0; k < F::KEYS / 16; k++) {
-    typename F::Weights w;
-    make_weights<DIM, false>(w, sums, s, k, scale);
+  for (int k = 0; k < Forward<DIM>::KEYS / 16; k++) {
+    typename Forward<DIM>::Weights w;
+    make_weights<DIM>(w, sums, s, k, scale);
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        *reinterpret_cast<uint32_t*>(weights + (2 * m + i % 2) * 8 * F::KEYS + k * 16 + i / 2 * 8 + pair * 2) = w[m][i];
+      for (int i = 0; i < 4; i++) kept_weight<DIM>(shared, m, i, k) = w[m][i];
   }
+}
+
+// acc += weights @ v over those values of a block that are NaN or infinite, for the rows that see them; then v has
+// zeros in their place. The whole block calls it, with weights kept.
+template <int DIM>
+__device__ void add_not_finite(Sums<DIM>& sums, const Keys& keys, const TileRow* rows, unsigned char* shared) {
+  using F = Forward<DIM>;
+  int pair = threadIdx.x % 4;
+  const bf16* weights = reinterpret_cast<const bf16*>(shared + F::WEIGHTS) + row_of(0) * F::KEYS;
   __syncwarp();
   int seen[4];
 #pragma unroll

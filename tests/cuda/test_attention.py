@@ -156,7 +156,7 @@ GROUPS = [(3,), (140, 9, 40, 1), (17,), (18, 3, 3), (150,)]
 
 @pytest.mark.parametrize("dim, heads", [(64, 2), (128, 1)])
 def test_alone_or_packed(dim, heads):
-    """A group's bits do not depend on what else is in the batch; a response's not on its siblings. Maxima rise often."""
+    """A group's bits do not depend on what else is in the batch; a response's not on its siblings. Maxima rise."""
     args = make_inputs(grouped(*GROUPS), heads, 1, dim, BF16, scale=6.0)
     packed = call(args)
     end = 0
