@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each room of the package stands on. Rooms of one line never import each other; those of the last line may.
 LAYERS = [
     {"errors", "files", "config"},
-    {"config_gatt", "config_ppo", "config_sampling", "config_scaling", "config_tools"},
+    {"config_audit", "config_gatt", "config_ppo", "config_sampling", "config_scaling", "config_tools"},
     {"config_distill"},
     {"reference", "triton_kernels", "_C"},
     {"ops"},
