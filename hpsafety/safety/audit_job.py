@@ -110,7 +110,7 @@ class Audit:
     def _pass(
         self, title: str, name: str, work: Callable, keep: Callable[[Block, object], Iterable[dict]]
     ) -> None:
-        """Every block from the state's place on through `work`; `keep` takes its result and gives the rows to append."""
+        """Every block from the state's place on through `work`; `keep` makes its result the rows to append."""
         total, state = sum(self.sizes), self.state
         before = sum(self.sizes[: state.place.file])
         progress = Progress(f"{title}, MB", max(1, total // 10**6), before // 10**6)

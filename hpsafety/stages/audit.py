@@ -12,9 +12,7 @@ It runs on processes of its own (--workers), not under torchrun. While it works,
 import json
 import logging
 import os
-import resource
 import shutil
-import sys
 import time
 
 from hpsafety.data.corpus import corpus_files
@@ -89,18 +87,9 @@ def _run(cfg, world) -> None:
         (out.path / name).unlink(missing_ok=True)
     out.checkpoints.rmdir()  # an audit has none
     read = (state.counts.bytes - before) / 1e6
-    say(
-        f"audit: {read:,.1f} MB of text in {seconds:.1f} s, {read / seconds:.1f} MB/s; "
-        f"peak memory {peak_rss_mb():.0f} MB, of the largest worker {_peak_of_workers_mb():.0f} MB"
-    )
+    say(f"audit: {read:,.1f} MB of text in {seconds:.1f} s, {read / seconds:.1f} MB/s; {peak_rss_mb():.0f} MB at most")
     say(f"audit: wrote {out.path / 'report.html'} and audit.json")
 
 
 def _place(state: State) -> tuple[int, int]:
     return state.place.file + 1, state.place.line
-
-
-def _peak_of_workers_mb() -> float:
-    """Peak resident memory of the largest process this one has waited for, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
