@@ -203,7 +203,9 @@ def _pieces(path: Path, handle, offset: int) -> Iterator[bytes]:
     """The unpacked content in pieces of bounded size; a plain file from `offset` on, a packed one from its start."""
     if path.suffix == ".gz":
         with gzip.GzipFile(fileobj=handle) as unpacked:
-            while piece := unpacked.read1(min(BLOCK, 1 << 16)):  # what was unpacked before a break is not lost
+            while piece := unpacked.read1(
+                min(BLOCK, 1 << 16)
+            ):  # what was unpacked before a break is not lost
                 yield piece
     elif path.suffix == ".zst":
         yield from _unpack_zstd(handle)

@@ -21,7 +21,7 @@ class Lists:
     families: dict[str, dict[str, frozenset[str]]]  # gender, person -> group -> words
     axes: dict[str, tuple[str, ...]]  # axis -> terms that are counted
     words: dict[str, tuple[str, ...]]  # term of one word -> the axes it counts for
-    phrases: tuple[tuple[str, str, str, re.Pattern], ...]  # (term, axis, its first word, pattern)
+    phrases: tuple[tuple[str, str, frozenset[str], re.Pattern], ...]  # (term, axis, its words, pattern)
     dropped: dict[str, str]  # term -> why it is not counted
     shared: dict[str, str]  # term of several axes -> the one that keeps it
 
@@ -50,7 +50,7 @@ def make_lists(pronouns: dict, identity: dict, drop: dict) -> Lists:
                 words[term] = (*words.get(term, ()), axis)
             else:  # hyphens, spaces and apostrophes are alike
                 pattern = re.compile(r"\b" + r"[-\s'’]{1,3}".join(map(re.escape, parts)) + r"\b")
-                phrases.append((term, axis, parts[0], pattern))
+                phrases.append((term, axis, frozenset(parts), pattern))
     families = {
         name: {group: frozenset(members) for group, members in groups.items()}
         for name, groups in pronouns.items()
@@ -115,7 +115,7 @@ def find(text: str, lists: Lists) -> Found:
     terms = {(axis, word) for word in words & lists.words.keys() for axis in lists.words[word]}
     terms |= {
         (axis, term)
-        for term, axis, first, pattern in lists.phrases
-        if first in words and pattern.search(lowered)
+        for term, axis, parts, pattern in lists.phrases
+        if parts <= words and pattern.search(lowered)
     }
     return Found(groups, terms)

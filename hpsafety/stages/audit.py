@@ -29,6 +29,7 @@ from hpsafety.train import stage
 from hpsafety.train.metrics import peak_rss_mb, say
 
 OUTPUTS = ("audit.json", "report.html", "toxicity.jsonl", FAULTS)
+MB_PER_WORKER = 4  # a process takes a second to start, and counts about as much in it
 log = logging.getLogger("hpsafety")
 
 
@@ -58,7 +59,7 @@ def _run(cfg, world) -> None:
         return
     made = not out.path.exists()
     state = None if out.fresh else load_state(out.path)
-    workers = cfg.workers or cores()
+    workers = cfg.workers or min(cores(), 1 + int(size) // MB_PER_WORKER)
     stage.begin(
         out, f"audit: {len(files)} files, {size:,.1f} MB, {workers} processes; {tools['toxicity']}", {}, world
     )
@@ -87,7 +88,9 @@ def _run(cfg, world) -> None:
         (out.path / name).unlink(missing_ok=True)
     out.checkpoints.rmdir()  # an audit has none
     read = (state.counts.bytes - before) / 1e6
-    say(f"audit: {read:,.1f} MB of text in {seconds:.1f} s, {read / seconds:.1f} MB/s; {peak_rss_mb():.0f} MB at most")
+    say(
+        f"audit: {read:,.1f} MB of text in {seconds:.1f} s, {read / seconds:.1f} MB/s; {peak_rss_mb():.0f} MB at most"
+    )
     say(f"audit: wrote {out.path / 'report.html'} and audit.json")
 
 
