@@ -18,7 +18,7 @@ from hpsafety.data.corpus import Block, Place, read_blocks
 from hpsafety.errors import InputError, RunError
 from hpsafety.files import atomic_write
 from hpsafety.safety.audit import Counts, measure_block, read_counts, score_block
-from hpsafety.safety.audit_pool import in_order
+from hpsafety.safety.audit_pool import in_order, processes
 from hpsafety.safety.audit_sample import Sample, choose_sample
 from hpsafety.train.loop import stop_signals
 from hpsafety.train.metrics import Progress
@@ -69,6 +69,10 @@ class Audit:
         """Both passes, from where the state stands. Raises InputError for the first fault without --keep-going."""
         if self.state.counts.faults and not self.cfg.keep_going:
             raise InputError(_fatal(next(iter(self.state.examples.values()))[0]))
+        with processes(self.workers) as self.pool:
+            return self._passes()
+
+    def _passes(self) -> Sample:
         if not self.state.scoring:
             self._count()
             self.state.scoring, self.state.place, self.state.length = True, Place(), 0
@@ -120,7 +124,7 @@ class Audit:
         with (
             stop_signals() as caught,
             open(path, "ab") as handle,
-            closing(in_order(work, blocks, self.workers)) as results,
+            closing(in_order(work, blocks, self.pool, 2 * self.workers)) as results,
         ):
             handle.truncate(state.length)
             try:

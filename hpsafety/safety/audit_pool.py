@@ -20,36 +20,51 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function: Callable, items: Iterable, workers: int) -> Iterator[tuple]:
-    """(item, function(item)) of every item. One worker is this process itself.
-
-    function  importable by name (a functools.partial of such a one), since new processes look it up
-    Raises what the function raises, in its item's place, and RunError where a worker process dies.
-    """
+@contextlib.contextmanager
+def processes(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Worker processes, started when the first work comes; None for one worker, which is this process itself."""
     if workers == 1:
-        with _one_thread():
-            for item in items:
-                yield item, function(item)
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1):  # as in the workers: the last bits of numpy's products may depend on it
+            yield None
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads, and break
     with _few_threads(), ProcessPoolExecutor(workers, context, _begin) as pool:
-        waiting: deque = deque()
         try:
-            for item in items:
-                waiting.append((item, pool.submit(function, item)))
-                if len(waiting) > 2 * workers:
-                    item, future = waiting.popleft()
-                    yield item, future.result()
-            while waiting:
-                item, future = waiting.popleft()
-                yield item, future.result()
-        except BrokenProcessPool:
-            raise RunError(
-                "a worker process ended before its work was done, perhaps for want of memory: --workers takes fewer; "
-                "the same command goes on"
-            ) from None
+            yield pool
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_order(
+    function: Callable, items: Iterable, pool: ProcessPoolExecutor | None, ahead: int = 8
+) -> Iterator[tuple]:
+    """(item, function(item)) of every item, in order.
+
+    function  importable by name (a functools.partial of such a one), since other processes look it up
+    ahead     items handed out before the oldest has its result
+    Raises what the function raises, in its item's place, and RunError where a worker process dies.
+    """
+    if pool is None:
+        for item in items:
+            yield item, function(item)
+        return
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > ahead:
+                item, future = waiting.popleft()
+                yield item, future.result()
+        while waiting:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process ended before its work was done, perhaps for want of memory: --workers takes fewer; "
+            "the same command goes on"
+        ) from None
 
 
 def _begin() -> None:
@@ -62,13 +77,6 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _one_thread():
-    """numpy's products in one thread, as in the workers: their last bits may depend on it."""
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(1)
 
 
 @contextlib.contextmanager
