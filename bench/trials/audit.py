@@ -6,7 +6,8 @@ FOLDER holds c4_demo_docs.jsonl ({text}), whose lines the corpus is drawn from, 
 ({text, label Toxic or Not Toxic}), hatecheck ({text, label hateful or non-hateful, category}) and openai_moderation
 ({text, labels of 0 and 1}). The corpus is removed at the end.
 
-throughput  wall time of the whole command; memory is the resident memory of all its processes together, twice a second
+throughput  wall time of the whole command, and its processor time, which others' work on the machine touches less;
+            memory is the resident memory of all its processes together, twice a second
 agreement   AUC of the document score, and at the threshold 0.5 precision and recall: 95 % intervals by bootstrap and
             Wilson
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -94,7 +96,9 @@ def measure_agreement(folder: Path) -> dict:
             g: [s >= THRESHOLD for s, row in zip(scores, rows, strict=True) if row[2] == g] for g in groups
         }
         if groups:
-            out[name]["flagged_by_category"] = {g: asdict(wilson(sum(f), len(f))) for g, f in flagged.items()}
+            out[name]["flagged_by_category"] = {
+                g: asdict(wilson(int(sum(f)), len(f))) for g, f in flagged.items()
+            }
     return {"classifier": classifier.name, "threshold": THRESHOLD, "sets": out}
 
 
@@ -134,12 +138,18 @@ def resident_mb(root: int) -> float:
     return total
 
 
+def cpu_seconds() -> float:
+    """Of all processes that have ended below this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure_throughput(corpus: Path, work: Path, workers: int) -> dict:
     """One whole command: seconds, MB/s and the memory of all its processes at ten moments and at most."""
     out = work / f"out-{workers}"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "hpsafety", "audit", "--data", str(corpus), "--out", str(out)]
-    started, memory = time.monotonic(), []
+    started, before, memory = time.monotonic(), cpu_seconds(), []
     with open(work / "audit.log", "a") as log:
         process = subprocess.Popen([*command, "--workers", str(workers)], stdout=log, stderr=log)
         while process.poll() is None:
@@ -147,12 +157,15 @@ def measure_throughput(corpus: Path, work: Path, workers: int) -> dict:
             time.sleep(0.5)
     if process.returncode:
         raise SystemExit(f"the audit ended with {process.returncode}; see {work / 'audit.log'}")
+    cpu = cpu_seconds() - before
     seconds, megabytes = time.monotonic() - started, corpus.stat().st_size / 1e6
     counts = json.loads((out / "audit.json").read_text())["corpus"]["counts"]
     tenths = [max(memory[len(memory) * i // 10 : len(memory) * (i + 1) // 10] or [0.0]) for i in range(10)]
     return {
         "workers": workers, "mb": megabytes, "documents": counts["documents"], "seconds": round(seconds, 1),
-        "mb_per_s": round(megabytes / seconds, 2), "peak_mb": round(max(memory)),
+        "mb_per_s": round(megabytes / seconds, 2),
+        "cpu_seconds": round(cpu, 1), "mb_per_cpu_second": round(megabytes / cpu, 2), "load_average": os.getloadavg(),
+        "peak_mb": round(max(memory)),
         "peak_mb_by_tenth_of_the_time": [round(value) for value in tenths],
     }  # fmt: skip
 
@@ -168,7 +181,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1])
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(max(args.workers)), "agreement": measure_agreement(args.data), "throughput": []}
+    result = {
+        "machine": machine(max(args.workers)),
+        "agreement": measure_agreement(args.data),
+        "throughput": [],
+    }
     corpus = args.work / "synthetic.jsonl"
     for megabytes in args.mb:
         write_corpus(corpus, args.data / "c4_demo_docs.jsonl", megabytes)

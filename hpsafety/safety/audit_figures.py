@@ -36,6 +36,11 @@ def _bars(
             color=INK,
         )
     ax.grid(False, axis="y")
+    ax.set_axisbelow(True)
+
+
+def _plain(value: float, place: int) -> str:
+    return f"{value:g}"
 
 
 def _names(ax, names: list[str]) -> None:
@@ -53,6 +58,7 @@ def languages_figure(found: dict) -> str:
     _names(axes, [name for name, _ in rows])
     lowest = min(value for _, value in rows)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_plain)
     axes.set(xlim=(lowest / 3, 300), xlabel="documents, % (logarithmic)")
     words = ", ".join(f"{name} {percent(value / 100)}" for name, value in rows)
     return to_svg(fig, f"Languages of the documents, by {found['judge']}: {words}.")
@@ -60,7 +66,7 @@ def languages_figure(found: dict) -> str:
 
 def pronouns_figure(found: dict) -> str:
     """Each family's groups: their share of all documents of the English part, and of those with any of the family."""
-    fig, axes = panels(len(found["families"]), 8.2, 3.0, share_y=False)
+    fig, axes = panels(len(found["families"]), 8.2, 3.2, share_y=False)
     words = []
     for ax, (family, part) in zip(axes, found["families"].items(), strict=True):
         names = list(part["groups"])
@@ -75,30 +81,36 @@ def pronouns_figure(found: dict) -> str:
             title=f"{family}: any in {percent(part['any']['share'])}", xlim=(0, 118), xlabel="documents, %"
         )
         ax.title.set(fontsize=10, color=INK)
-    axes[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    labels = axes[0].get_legend_handles_labels()
+    fig.legend(*labels, frameon=False, fontsize=8, labelcolor=INK, loc="outside upper center", ncols=2)
     return to_svg(fig, f"Pronouns in the English part. {'; '.join(words)}.")
 
 
-def identity_figure(found: dict) -> str:
-    """The axes' shares of all documents, and of each axis its most frequent terms among its documents."""
-    axes_found = found["axes"]
-    fig, axes = panels(1 + len(axes_found), 10.5, 2.7, share_y=False)
-    names = [name.replace("_and_", ", ").replace("_", " ") for name in axes_found]
-    values = [100 * (part["any"]["share"] or 0.0) for part in axes_found.values()]
-    _bars(axes[0], names, values, AFTER)
-    _names(axes[0], names)
-    axes[0].set(title="any term", xlim=(0, 1.35 * max(values) or 1), xlabel="of all documents, %")
-    words = [f"{name} in {value:.2g} % of the documents" for name, value in zip(names, values, strict=True)]
-    for ax, name, part, colour in zip(axes[1:], names, axes_found.values(), IN_TIME, strict=False):
-        terms, shares = [row["term"] for row in part["top"]], [100 * row["share"] for row in part["top"]]
+def identity_figures(found: dict) -> list[str]:
+    """Two rows of three panels: the axes' shares of all documents, and each axis's most frequent terms."""
+    names = {axis: axis.replace("_and_", ", ").replace("_", " ") for axis in found["axes"]}
+    shares = [(names[axis], 100 * (part["any"]["share"] or 0.0)) for axis, part in found["axes"].items()]
+    drawn = [("any term of an axis", "of all documents, %", INK, shares)]
+    for (axis, part), colour in zip(found["axes"].items(), IN_TIME, strict=False):
+        terms = [(row["term"], 100 * row["share"]) for row in part["top"]]
+        drawn.append((names[axis], "of its documents, %", colour, terms))
+    return [_terms_row(drawn[:3]), _terms_row(drawn[3:])]
+
+
+def _terms_row(drawn: list[tuple[str, str, str, list[tuple[str, float]]]]) -> str:
+    """One panel for each (title, what the bars are shares of, colour, [(term, percent)])."""
+    fig, axes = panels(len(drawn), 9.0, 2.5, share_y=False)
+    words = []
+    for ax, (title, across, colour, rows) in zip(axes, drawn, strict=True):
+        terms, shares = [term for term, _ in rows], [value for _, value in rows]
         _bars(ax, terms, shares, colour)
         _names(ax, terms)
-        ax.set(title=name, xlim=(0, 1.35 * max(shares, default=1)), xlabel="of its documents, %")
-        words.append(f"{name}: " + ", ".join(f"{t} {s:.0f} %" for t, s in zip(terms, shares, strict=True)))
-    for ax in axes:
-        ax.title.set(fontsize=9, color=INK)
+        ax.set(title=title, xlim=(0, 1.3 * max(shares, default=0) or 1), ylim=(-4.6, 0.6), xlabel=across)
+        ax.title.set(fontsize=10, color=INK)
         ax.xaxis.label.set(fontsize=8)
         ax.tick_params(labelsize=8)
+        told = ", ".join(f"{term} {value:.3g} %" for term, value in rows) or "none"
+        words.append(f"{title}, {across.removesuffix(', %')}: {told}")
     return to_svg(fig, f"Identity terms. {'; '.join(words)}.")
 
 
@@ -111,6 +123,8 @@ def toxicity_figure(found: dict) -> str:
     axes.bar(edges, counts, width=1 / bins, align="edge", color=colours, edgecolor="none")
     axes.axvline(found["threshold"], color=INK, linestyle="--", linewidth=1)
     axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter(_plain)
+    axes.set_axisbelow(True)
     axes.set(
         xlim=(0, 1), ylim=(0, None), xlabel="document's score: mean p(toxic) of its lines", ylabel="documents"
     )

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from hpsafety.files import atomic_write
 from hpsafety.safety.audit_figures import (
-    identity_figure,
+    identity_figures,
     languages_figure,
     percent,
     pronouns_figure,
@@ -61,6 +61,7 @@ def toxicity_rows(found: dict) -> Rows:
             "sampled",
             f"{found['documents']:,} of {found['population_documents']:,} English documents, seed {found['seed']}",
         ),
+        ("classifier", found["judge"]),
         ("lines scored", f"{found['lines']:,}"),
     ]
 
@@ -109,7 +110,7 @@ def write_page(result: dict, path: Path) -> None:
         figures={
             "languages": Markup(languages_figure(result["languages"])),
             "pronouns": Markup(pronouns_figure(result["pronouns"]["english"])),
-            "identity": Markup(identity_figure(result["identity"]["all"])),
+            "identity": Markup("\n".join(identity_figures(result["identity"]["all"]))),
             "toxicity": Markup(toxicity_figure(result["toxicity"])),
         } if measured else {},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The corpus audit end to end. The bug this file must catch: an interrupted audit that counts a block twice or never."""
+"""The corpus audit end to end. The bug this file must catch: an interrupted audit counts a block twice or never."""
 
 import dataclasses
 import gzip
@@ -154,7 +154,7 @@ def test_names_and_checksums(files, whole):
     page = (whole / "report.html").read_text()
     for part in ("languages", "pronouns", "identity", "toxicity"):
         assert found["tools"].get(part, "whole words").split(",")[0].replace("'", "&#39;") in page
-    assert page.count('<svg role="img" aria-label="') == 4 and "<script" not in page
+    assert page.count('<svg role="img" aria-label="') == 5 and "<script" not in page
     assert sorted(p.name for p in whole.iterdir()) == sorted([*RESULTS, "log.txt", "manifest.json"])
 
 
