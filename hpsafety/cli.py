@@ -77,6 +77,11 @@ COMMANDS = {
         "DPOConfig",
         "hpsafety.stages.dpo:run",
     ),
+    "audit": (
+        "a corpus described: languages, pronouns, identity terms, toxicity; nothing is filtered",
+        "AuditConfig",
+        "hpsafety.stages.audit:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,
