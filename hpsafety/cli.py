@@ -77,6 +77,11 @@ COMMANDS = {
         "DPOConfig",
         "hpsafety.stages.dpo:run",
     ),
+    "eval": (
+        "violations beside false refusals, truthfulness, toxicity and bias of a checkpoint",
+        "EvalConfig",
+        "hpsafety.stages.evaluate:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,
