@@ -11,8 +11,8 @@ from hpsafety.safety.intervals import bootstrap
 
 @dataclass(frozen=True)
 class Change:
-    """Mean of (after - before) over n shared items with a 95 % bootstrap interval; p of McNemar's exact test where every
-    value is 0 or 1, else None. nan where there is no shared item."""
+    """Mean of (after - before) over n shared items with a 95 % bootstrap interval; p of McNemar's exact test where all
+    values are 0 or 1, else None. nan where there is no shared item."""
 
     value: float
     n: int
