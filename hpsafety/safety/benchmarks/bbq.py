@@ -15,6 +15,7 @@ UNKNOWN = (
     "Unknown", "Cannot answer", "Can't be determined", "Cannot be determined", "Can't answer", "Not known",
     "Not enough info", "Not enough information", "Not answerable", "Undetermined",
 )  # fmt: skip
+CROSSED = re.compile(r"(M|F|lowSES|highSES)[-_](.+)")
 GENDERED = {"f": ("woman", "girl"), "m": ("man", "boy")}  # how the groups F and M are called in answers
 
 
@@ -65,7 +66,7 @@ def _question(row: dict, where: tuple, index: int) -> Question:
     if len(answers) != 3 or len(unknown) != 1 or polarity not in ("neg", "nonneg"):
         raise bad_row(where, "expected three answers, one of them unknown, and polarity neg or nonneg (BBQ)")
     people = [i for i in range(3) if i != unknown[0]]
-    named = {word for group in stereotyped for word in group_words([group])}
+    named = {letters(group) for group in stereotyped}
     in_group = [not named.isdisjoint(group_words(told[i])) for i in people]
     return Question(
         f"{category}-{row.get('example_id', row.get('id', index))}", text, tuple(answers[i] for i in people),
@@ -74,13 +75,18 @@ def _question(row: dict, where: tuple, index: int) -> Question:
     )  # fmt: skip
 
 
+def letters(name: str) -> str:
+    """A group's name as it compares, however it is spelled: 'low SES' is lowses."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def group_words(names: Sequence[str]) -> set[str]:
-    """The names of groups in an answer's tags, alike however they are spelled: 'F-Black' has f, black and fblack."""
+    """The groups in an answer's tags: 'F-Black' is of f, of black, and of both."""
     words = set()
     for name in names:
-        parts = re.split(r"[-_]", name.lower())
-        words |= {re.sub(r"[^a-z0-9]", "", part) for part in (name.lower(), *parts)}
-        words |= {sex for sex, called in GENDERED.items() if {*called} & {*parts}}
+        crossed = CROSSED.fullmatch(name)  # two groups in one tag; "22-year-old" is one
+        words |= {letters(part) for part in (name, *(crossed.groups() if crossed else ()))}
+        words |= {sex for sex, called in GENDERED.items() if {*called} & {*re.findall(r"[a-z]+", name.lower())}}
     return words - {""}
 
 
