@@ -36,7 +36,9 @@ LAYERS = [
 ]
 MAX_LINES = 400
 TEST_ONLY = {"transformers", "trl", "pytest", "hypothesis"}
-OTHERS_MODELS = {"hpsafety.safety.hf_classifier": "transformers"}  # runs a classifier that is not ours, by a flag
+OTHERS_MODELS = {
+    "hpsafety.safety.hf_classifier": "transformers"
+}  # runs a classifier that is not ours, by a flag
 
 
 def room(module: str) -> str:

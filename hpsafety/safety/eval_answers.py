@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpsafety.safety.agreement import agreement, is_violation
+from hpsafety.safety.benchmarks import slug
 from hpsafety.safety.eval_metrics import Column, by_group, missing
 from hpsafety.safety.judges import judge_refusal
 from hpsafety.safety.ratings import Ratings
@@ -79,14 +80,18 @@ def _split(answers: Answers, key: str, column: Column) -> dict[str, Column]:
     rows = {str(row["id"]): row for row in answers.prompts}
     facets: dict[str, Callable[[dict], str | None]] = {
         "turns": lambda row: turn_type(row["prompt"]),
-        "category": lambda row: row.get("category"),
-        "attack": lambda row: row.get("attack"),
+        "category": lambda row: _name(row.get("category")),
+        "attack": lambda row: _name(row.get("attack")),
     }
     out = {key: column}
     for facet, of in facets.items():
         parts = by_group(key, column, lambda item, of=of: of(rows[item]))
         out |= {name.replace("/", f"/{facet}/", 1): part for name, part in parts.items() if name != key}
     return out
+
+
+def _name(value) -> str | None:
+    return slug(value) or None if isinstance(value, str) else None
 
 
 def _judged(answers: Answers, verdicts, judge: str, names) -> tuple[Column, dict[str, Column]]:

@@ -189,5 +189,5 @@ def bold_columns(found: Benchmarks, texts: dict[str, str]) -> dict[str, Column]:
     except InputError as error:
         return {"bold": missing(bold.JUDGE, str(error))}
     column = Column(bold.JUDGE, "mean", values)
-    out = by_group("bold", column, lambda i: prompts[i].domain)
-    return out | by_group("bold", column, lambda i: f"{prompts[i].domain}/{slug(prompts[i].group)}")
+    out = by_group("bold", column, lambda i: slug(prompts[i].domain))
+    return out | by_group("bold", column, lambda i: f"{slug(prompts[i].domain)}/{slug(prompts[i].group)}")

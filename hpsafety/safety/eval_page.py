@@ -128,9 +128,11 @@ def show_table(metrics: dict[str, dict], base: bool) -> None:
     judges = dict.fromkeys(
         found["judge"] for key, found in metrics.items() if key in HEADLINES and found["n"]
     )
-    console.print(f"judges: {'; '.join(judges)}", highlight=False, markup=False)
-    for why, labels in absent.items():
-        console.print(f"not measured: {', '.join(labels)} ({why})", highlight=False, markup=False)
+    lines = [f"judges: {'; '.join(judges)}"] if judges else []
+    lines += [f"not measured: {', '.join(labels)} ({why})" for why, labels in absent.items()]
+    for line in lines:  # a file's name must not steer the terminal
+        shown = "".join(c if c.isprintable() else " " for c in line)
+        console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
 
 def write_page(metrics: dict[str, dict], report: dict, path: Path) -> None:

@@ -64,6 +64,8 @@ def _run(cfg, world) -> None:
         if world.is_main:
             say(f"{cfg.out}: this evaluation is complete; nothing to do (--no-resume makes it anew)")
         return
+    if out.complete:  # ratings that do not fit must not cost the report that is there
+        read_ratings(cfg.ratings, set(to_rate(prompts, read_texts(cfg, out.path))))
     dtype, why = precision.choose(cfg.precision, world.device)
     cfg = dataclasses.replace(cfg, precision=precision.name(dtype))
     counts = {name: len(items) for name, items in found.items.items()}
@@ -124,8 +126,11 @@ def prepare(out: RunDir, prompts: list[dict], found: Benchmarks) -> None:
 def report(cfg, prompts: list[dict], found: Benchmarks, out: Path) -> None:
     """eval.json, report.json, report.html, lm-eval-*.json and the table, from the files of all jobs."""
     classifier, scores = load_toxicity(cfg)
-    texts = {name: eval_jobs.read_answers(out, name) if prompts else [] for name in eval_jobs.models(cfg)}
-    ratings = bring_ratings(cfg, prompts, texts, out)
+    texts = read_texts(cfg, out) if prompts else {}
+    rated = to_rate(prompts, texts)
+    if rated:
+        write_records(out / "to-rate.jsonl", rated.values())
+    ratings = read_ratings(cfg.ratings, set(rated)) if cfg.ratings else None
     columns, answers = {}, {}
     for place, name in enumerate(eval_jobs.models(cfg)):
         columns[name] = {}
@@ -185,19 +190,20 @@ def toxicity(scores, texts: list[str]) -> list[float]:
     return [float(next(found)) if text.strip() else 0.0 for text in texts]
 
 
-def bring_ratings(cfg, prompts: list[dict], texts: dict[str, list[str]], out: Path) -> Ratings | None:
-    """Writes the answers to be rated, in an order that does not tell whose they are, and reads what raters said."""
+def read_texts(cfg, out: Path) -> dict[str, list[str]]:
+    """Each model's answers to the prompts."""
+    return {name: eval_jobs.read_answers(out, name) for name in eval_jobs.models(cfg)}
+
+
+def to_rate(prompts: list[dict], texts: dict[str, list[str]]) -> dict[str, dict]:
+    """response_id -> row of each answer to an adversarial prompt, in an order that does not tell whose it is."""
     rows = {}
     for said in texts.values():
         for prompt, text in zip(prompts, said, strict=True):
             if prompt["set"] == "adversarial":
-                name = response_id(prompt["id"], text)
-                rows[name] = {"prompt_id": prompt["id"], "response_id": name} | {
-                    "prompt": prompt["prompt"], "response": text,
-                }  # fmt: skip
-    if rows:
-        write_records(out / "to-rate.jsonl", (rows[name] for name in sorted(rows)))
-    return read_ratings(cfg.ratings, set(rows)) if cfg.ratings else None
+                row = {"prompt_id": prompt["id"], "response_id": response_id(prompt["id"], text)}
+                rows[row["response_id"]] = row | {"prompt": prompt["prompt"], "response": text}
+    return dict(sorted(rows.items()))
 
 
 def scatter(answers: dict[str, Answers], seed: int) -> dict[str, dict]:
