@@ -92,6 +92,11 @@ def rows(metrics: dict[str, dict], keys, names: dict | None = None) -> list[dict
     return out
 
 
+def headline_rows(metrics: dict[str, dict]) -> list[dict]:
+    """`rows` of HEADLINES."""
+    return rows(metrics, HEADLINES, HEADLINES)
+
+
 def grouped(metrics: dict[str, dict]) -> list[tuple[str, list[dict]]]:
     """(heading, rows) of every part of the page that has groups."""
     out = []
@@ -115,7 +120,7 @@ def show_table(metrics: dict[str, dict], base: bool) -> None:
     for name in ("measure", "n", "model", *(("base", "change") if base else ())):
         table.add_column(name)
     absent: dict[str, list[str]] = {}
-    for row in rows(metrics, HEADLINES, HEADLINES):
+    for row in headline_rows(metrics):
         if row["why"]:
             absent.setdefault(row["why"], []).append(row["label"])
             continue
@@ -140,7 +145,7 @@ def write_page(metrics: dict[str, dict], report: dict, path: Path) -> None:
     environment = Environment(loader=PackageLoader("hpsafety", "report"), autoescape=True)
     base = report["settings"]["base"] is not None
     page = environment.get_template("eval.html").render(
-        title="Safety evaluation", report=report, base=base, headlines=rows(metrics, HEADLINES, HEADLINES),
+        title="Safety evaluation", report=report, base=base, headlines=headline_rows(metrics),
         parts=grouped(metrics), trade=Markup(trade_figure(metrics, base)),
         scatter=Markup(scatter_figure(report["scatter"])) if report["scatter"] else None,
         figures=[Markup(svg) for svg in groups_figure(metrics, base)],

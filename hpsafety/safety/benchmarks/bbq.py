@@ -86,7 +86,9 @@ def group_words(names: Sequence[str]) -> set[str]:
     for name in names:
         crossed = CROSSED.fullmatch(name)  # two groups in one tag; "22-year-old" is one
         words |= {letters(part) for part in (name, *(crossed.groups() if crossed else ()))}
-        words |= {sex for sex, called in GENDERED.items() if {*called} & {*re.findall(r"[a-z]+", name.lower())}}
+        words |= {
+            sex for sex, called in GENDERED.items() if {*called} & {*re.findall(r"[a-z]+", name.lower())}
+        }
     return words - {""}
 
 
