@@ -1,6 +1,6 @@
 """hpsafety's log-probability tasks against lm-evaluation-harness: the same model, items and prompts; figures and time.
 
-    python -m bench.trials.harness --data FOLDER --work DIR --json results.json [--items N] [--runs N] [--threads N]
+    python -m bench.trials.harness --data FOLDER --work DIR --json results.json [--items N N N] [--runs N] [--threads N]
 
 FOLDER holds truthfulqa.jsonl, bbq_age.jsonl, bbq_religion.jsonl and crows_pairs.jsonl. The harness (package lm_eval)
 must be importable. It runs its own tasks truthfulqa_mc1, truthfulqa_mc2, bbq and crows_pairs_english on the built-in
@@ -67,18 +67,21 @@ def published(row: dict) -> dict:
     }  # fmt: skip
 
 
-def write_data(folder: Path, work: Path, items: int) -> dict[str, Path]:
+def write_data(folder: Path, work: Path, items: list[int]) -> dict[str, Path]:
     """The first rows of each set, in the form both sides read."""
+    limit = dict(zip(TASKS, items, strict=True))
     files = {"bbq": ["bbq_age", "bbq_religion"], "crows_pairs": ["crows_pairs"]}
     rows = {
         name: [
             published(row)
             for source in sources
-            for row in rows_of(folder / f"{source}.jsonl")[: items // len(sources)]
+            for row in rows_of(folder / f"{source}.jsonl")[: limit[name] // len(sources)]
         ]
         for name, sources in files.items()
     }
-    rows["truthfulqa"] = [published_question(q) for q in truthfulqa.read(folder / "truthfulqa.jsonl")[:items]]
+    rows["truthfulqa"] = [
+        published_question(q) for q in truthfulqa.read(folder / "truthfulqa.jsonl")[: limit["truthfulqa"]]
+    ]
     for name, part in rows.items():
         write_records(work / f"{name}.jsonl", part)
     return {name: work / f"{name}.jsonl" for name in TASKS}
@@ -104,7 +107,7 @@ def ours(model, data: dict[str, Path], name: str) -> tuple[dict[str, float], flo
 
 
 def theirs(lm, data: dict[str, Path], name: str) -> tuple[dict[str, float], float]:
-    """(measures, seconds without loading) of one set by the harness."""
+    """(measures, seconds in its loglikelihood calls) of one set by the harness; its own overhead is left out."""
     import lm_eval
 
     tasks = []
@@ -116,9 +119,19 @@ def theirs(lm, data: dict[str, Path], name: str) -> tuple[dict[str, float], floa
             f"dataset_kwargs:\n  data_files:\n    {SPLIT[name]}: {data[name]}\n"
         )
     settings = {"num_fewshot": 0, "bootstrap_iters": 0, "log_samples": False}
-    started = time.perf_counter()
+    spent, real = [], lm.loglikelihood
+
+    def timed(requests):
+        started = time.perf_counter()
+        try:
+            return real(requests)
+        finally:
+            spent.append(time.perf_counter() - started)
+
+    lm.loglikelihood = timed
     results = lm_eval.simple_evaluate(model=lm, tasks=list(map(str, tasks)), **settings)["results"]
-    seconds = time.perf_counter() - started
+    lm.loglikelihood = real
+    seconds = sum(spent)
     return {
         key: float(results[f"{task}_local"][f"{metric},none"])
         for key, (task, metric) in SAME.items() if f"{task}_local" in results
@@ -129,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag in ("--data", "--work", "--json"):
         parser.add_argument(flag, required=True)
-    parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--items", type=int, nargs=3, default=[100, 200, 1000], help="of each set, at most")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16, help="the harness' batch size")

@@ -62,15 +62,17 @@ def cell(key: str, found: dict, short: bool = False) -> str:
     return f"{100 * value:.{digits}f} % ({count}{spread})"
 
 
-def change_cell(key: str, found: dict) -> str:
+def change_cell(key: str, found: dict, short: bool = False) -> str:
     """The paired change, in points or as it is."""
     if found.get("value") is None:
         return "-"
-    scale, form, unit = (1, "+.3f", "") if key.startswith(HUNDREDTHS) else (100, "+.1f", " points")
+    scale, form, unit = (
+        (1, "+.3f", "") if key.startswith(HUNDREDTHS) else (100, "+.1f", "" if short else " points")
+    )
     value = f"{scale * found['value']:{form}}{unit}"
     if found["low"] is None:
         return value
-    p = "" if found.get("p") is None else f"; p = {found['p']:.2g}"
+    p = "" if short or found.get("p") is None else f"; p = {found['p']:.2g}"
     return f"{value} ({scale * found['low']:{form}}, {scale * found['high']:{form}}{p})"
 
 
@@ -117,7 +119,7 @@ def show_table(metrics: dict[str, dict], base: bool) -> None:
 
     console, arrows = Console(), {"high": " ↑", "low": " ↓"}
     table = Table(title="evaluation (95 % intervals; ↑ high is wanted, ↓ low; a star: fewer than 30 items)")
-    for name in ("measure", "n", "model", *(("base", "change") if base else ())):
+    for name in ("measure", "n", *(("base", "model", "change") if base else ("model",))):
         table.add_column(name)
     absent: dict[str, list[str]] = {}
     for row in headline_rows(metrics):
@@ -126,9 +128,12 @@ def show_table(metrics: dict[str, dict], base: bool) -> None:
             continue
         key, few = row["key"], "*" if row["few"] else ""
         found = metrics[key]
-        cells = [row["label"] + arrows.get(row["wanted"], ""), f"{row['n']}{few}", cell(key, found, True)]
-        table.add_row(*cells, *((cell(key, found["base"], True), row["change"].split("; p")[0].removesuffix(")") + ")"
-                                 if row["change"] != "-" else "-") if base and "base" in found else ()))  # fmt: skip
+        cells = [cell(key, found, True)]
+        if base and "base" in found:
+            cells = [cell(key, found["base"], True), *cells, change_cell(key, found["change"], True)]
+        elif base:  # the raters' agreement is that of both models' answers
+            cells = ["", *cells]
+        table.add_row(row["label"] + arrows.get(row["wanted"], ""), f"{row['n']}{few}", *cells)
     console.print(table)
     judges = dict.fromkeys(
         found["judge"] for key, found in metrics.items() if key in HEADLINES and found["n"]

@@ -9,7 +9,6 @@ and the files of hpsafety/safety/eval_jobs.py, from which all of it follows.
 
 import dataclasses
 import json
-import logging
 import time
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from hpsafety.train.rundir import RunDir, input_hashes, model_hashes
 MODELS = ("model", "base", "safety_rm", "helpful_rm", "truth_judge", "info_judge")
 SHOWN = ("model", "base", "safety_rm", "helpful_rm", "judge", "truth_judge", "info_judge", "temperature", "top_p",
          "max_new_tokens", "seed", "limit", "precision")  # fmt: skip  # settings that report.json repeats
-log = logging.getLogger("hpsafety")
+OUTPUTS = ("eval.json", "report.json", "report.html", "to-rate.jsonl")
 
 
 def run(cfg) -> None:
@@ -85,8 +84,9 @@ def _run(cfg, world) -> None:
     eval_jobs.score(cfg, out.path, world)
     if world.is_main:
         report(cfg, prompts, found, out.path)
-    out.finish(counts)
+    out.finish(counts, tuple(name for name in OUTPUTS if (out.path / name).exists()))
     if world.is_main:
+        out.checkpoints.rmdir()  # an evaluation has none
         say(f"eval: wrote {out.path / 'report.html'} and eval.json")
     distributed.barrier(world)
 

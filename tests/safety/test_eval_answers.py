@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from hpsafety.data.records import write_records
+from hpsafety.data.demo import path as demo_path
+from hpsafety.data.records import read_records, write_records
 from hpsafety.errors import InputError
 from hpsafety.safety.eval_answers import Answers, agreement_entries, answer_columns
 from hpsafety.safety.eval_benchmarks import Benchmarks, bold_columns, choice_columns, choose, toxigen_columns
@@ -211,6 +212,13 @@ def test_another_judge():
     for name in ("nowhere:f", f"{__name__}:nothing"):
         with pytest.raises(InputError, match="must be a function"):
             load_judge(name)
+
+
+def test_the_demos_borderline_set_eval6():
+    """EVAL-6: at least 50 borderline prompts in the demo, none of them a safety row."""
+    rows = list(read_records(demo_path("heldout_borderline"), "prompt"))
+    assert len(rows) >= 50 and not any(r["is_safety"] for r in rows)
+    assert all(set_of(r, False) == "borderline" for r in rows)
 
 
 def test_sets():
