@@ -52,7 +52,7 @@ def scatter_figure(scatter: dict[str, dict]) -> str:
         ax.set(
             xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="base", ylabel="model" if ax is axes[0] else None
         )
-        ax.set_title(title, fontsize=9, color=INK)
+        ax.set_title(title.replace(": ", "\n"), fontsize=9, color=INK)
         words.append(f"{title}, n {part['above']['n']}")
     return to_svg(fig, f"Scores before and after. {'; '.join(words)}.")
 
@@ -70,7 +70,7 @@ def groups_figure(metrics: dict, base: bool) -> list[str]:
 
 def _bars(key: str, title: str, scale: float, names: list[str], metrics: dict, base: bool) -> str:
     fig, ax = figure(7.2, 1.0 + 0.24 * len(names))
-    sides = (("base", BEFORE, 0.16), ("model", AFTER, -0.16)) if base else (("model", AFTER, 0.0),)
+    sides = (("base", BEFORE, -0.16), ("model", AFTER, 0.16)) if base else (("model", AFTER, 0.0),)
     for side, colour, shift in sides:
         found = [metrics[n] if side == "model" else metrics[n]["base"] for n in names]
         kept = [(i, f) for i, f in enumerate(found) if f.get("value") is not None]
