@@ -140,7 +140,7 @@ def _opening(cfg: DemoConfig) -> None:
         f"  5. distillation of safety preprompts, {cfg.distill_tokens:,} sampled tokens at most\n"
         "  6. the safety evaluation of the last model beside the original one\n"
         f"{3 * cfg.eval_prompts} held-out questions are asked before, and after 1, 3, 4 and 5.\n"
-        f"Expect 6 to 12 minutes on two cores, under 5 GB of memory.\nOutput: {cfg.out}/\n",
+        f"Expect 7 to 13 minutes on two cores, under 5 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
