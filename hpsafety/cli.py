@@ -82,6 +82,11 @@ COMMANDS = {
         "AuditConfig",
         "hpsafety.stages.audit:run",
     ),
+    "eval": (
+        "violations beside false refusals, truthfulness, toxicity and bias of a checkpoint",
+        "EvalConfig",
+        "hpsafety.stages.evaluate:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

@@ -22,6 +22,7 @@ _ELSEWHERE = {
     "config_scaling": ("ScalingConfig",),
     "config_distill": ("DistillConfig",),
     "config_audit": ("AuditConfig",),
+    "config_eval": ("EvalConfig",),
     "config_tools": ("DemoConfig", "ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
 }
 

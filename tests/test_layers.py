@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "files", "config"},
     {"config_audit", "config_gatt", "config_ppo", "config_sampling", "config_scaling", "config_tools"},
-    {"config_distill"},
+    {"config_distill", "config_eval"},
     {"reference", "triton_kernels", "cuda_kernels", "_C"},
     {"ops"},
     {"model", "data"},
