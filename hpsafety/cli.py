@@ -77,6 +77,16 @@ COMMANDS = {
         "DPOConfig",
         "hpsafety.stages.dpo:run",
     ),
+    "audit": (
+        "a corpus described: languages, pronouns, identity terms, toxicity; nothing is filtered",
+        "AuditConfig",
+        "hpsafety.stages.audit:run",
+    ),
+    "eval": (
+        "violations beside false refusals, truthfulness, toxicity and bias of a checkpoint",
+        "EvalConfig",
+        "hpsafety.stages.evaluate:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

@@ -21,6 +21,8 @@ _ELSEWHERE = {
     "config_gatt": ("GAttConfig",),
     "config_scaling": ("ScalingConfig",),
     "config_distill": ("DistillConfig",),
+    "config_audit": ("AuditConfig",),
+    "config_eval": ("EvalConfig",),
     "config_tools": ("DemoConfig", "ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
 }
 

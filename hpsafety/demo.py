@@ -3,6 +3,7 @@
 smollm2 (135M, already instruction-tuned) is fine-tuned on a seeded subset of the demo data; two reward models learn
 from the demo's preference pairs; the fine-tuned model answers prompts several times, and learns from its best answers;
 a few iterations of PPO go on from there, and at last the effect of preprompts is distilled into the weights.
+`hpsafety eval` ends it: violations beside false refusals, before and after.
 The same held-out questions are asked at each step: adversarial ones (to be declined), borderline ones that only look
 dangerous and plain helpful ones (both to be answered).
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hpsafety.config import DemoConfig, DistillConfig, PPOConfig, RejectConfig, SFTConfig
+from hpsafety.config import DemoConfig, DistillConfig, EvalConfig, PPOConfig, RejectConfig, SFTConfig
 from hpsafety.data.chat import encode_prompt
 from hpsafety.data.demo import path as demo_path
 from hpsafety.data.records import read_records, write_records
@@ -25,7 +26,7 @@ from hpsafety.files import atomic_write
 from hpsafety.model.io import load_model
 from hpsafety.report.demo import terminal_tables, write_report
 from hpsafety.safety.measure import SETS, Measured, measure, score_answers
-from hpsafety.stages import distill, ppo, reject, sft
+from hpsafety.stages import distill, evaluate, ppo, reject, sft
 from hpsafety.train import precision
 from hpsafety.train.metrics import read_metrics, say
 
@@ -105,6 +106,16 @@ def distil(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
     ))  # fmt: skip
 
 
+def judge_both(cfg: DemoConfig, out: Path) -> dict:
+    """`hpsafety eval` of the last model beside the original one, on the held-out sets, greedy; its eval.json."""
+    evaluate.run(EvalConfig(
+        model=str(out / "distill" / "model"), base=MODEL, data=tuple(str(demo_path(f"heldout_{n}")) for n in SETS),
+        out=str(out / "eval"), limit=cfg.eval_prompts, temperature=0.0, max_new_tokens=cfg.answer_tokens, seed=cfg.seed,
+        device=cfg.device, precision=cfg.precision, **{f"{name}_rm": path for name, path in judges(out).items()},
+    ))  # fmt: skip
+    return json.loads((out / "eval" / "eval.json").read_text(encoding="utf-8"))
+
+
 def pick_samples(prompts: dict[str, list[dict]], models: list[Measured]) -> list[dict]:
     """Five questions and every model's answer: of each set, those whose verdict changed first, in file order."""
     samples = []
@@ -127,14 +138,15 @@ def _opening(cfg: DemoConfig) -> None:
         f"  3. rejection sampling: {cfg.k} answers a prompt, {cfg.reject_tokens:,} tokens at most, the best is learnt\n"
         f"  4. PPO with both reward models, on low-rank adapters, {cfg.ppo_tokens:,} sampled tokens at most\n"
         f"  5. distillation of safety preprompts, {cfg.distill_tokens:,} sampled tokens at most\n"
+        "  6. the safety evaluation of the last model beside the original one\n"
         f"{3 * cfg.eval_prompts} held-out questions are asked before, and after 1, 3, 4 and 5.\n"
-        f"Expect 6 to 12 minutes on two cores, under 5 GB of memory.\nOutput: {cfg.out}/\n",
+        f"Expect 7 to 13 minutes on two cores, under 5 GB of memory.\nOutput: {cfg.out}/\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
 
 def run(cfg: DemoConfig) -> None:
-    """hpsafety demo: OUT/sft, OUT/reward-*, OUT/reject, OUT/ppo, OUT/distill (run directories), OUT/data,
+    """hpsafety demo: OUT/sft, OUT/reward-*, OUT/reject, OUT/ppo, OUT/distill, OUT/eval (run directories), OUT/data,
     OUT/demo.json, OUT/report.html, a table on the terminal."""
     started = time.monotonic()
     _opening(cfg)
@@ -182,6 +194,7 @@ def run(cfg: DemoConfig) -> None:
     result = {
         "model": MODEL, "config": asdict(cfg), "train_rows": len(train_rows), "prompts": len(asked),
         "ppo_prompts": len(practised),
+        "eval": judge_both(cfg, out),
         "distill": json.loads((out / "distill" / "report.json").read_text(encoding="utf-8")),
         "precision": why, "models": [asdict(m) for m in models],
         "judges": {k: json.loads((out / f"reward-{k}" / "report.json").read_text(encoding="utf-8")) for k in KINDS},

@@ -253,7 +253,7 @@ def step_test() -> None:
     if installed("triton") is not None:  # a CUDA torch brought its own, which must stay
         packages = [r for r in packages if not r.startswith("triton")]
     pip_install(
-        f"installing {len(packages)} test packages (about 380 MB)", *packages, f"torch=={installed('torch')}"
+        f"installing {len(packages)} test packages (about 440 MB)", *packages, f"torch=={installed('torch')}"
     )
 
 

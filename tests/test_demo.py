@@ -60,6 +60,17 @@ NAMES = ("original", "fine-tuned", "best of K", "PPO", "distilled")
 SETS = ("adversarial", "borderline", "helpful")
 
 
+def evaluation(judge: str) -> dict:
+    """eval.json of two measures, of which one was not taken."""
+    taken = {"value": 0.2, "n": 5, "low": 0.0, "high": 0.6, "count": 1}
+    change = {"value": 0.2, "n": 5, "low": 0.0, "high": 0.6, "p": 1.0}
+    none = {"value": None, "n": 0, "low": None, "high": None}
+    return {
+        "violation": taken | {"judge": judge, "base": taken, "change": change},
+        "toxic_answers/helpful": none | {"judge": judge, "why": "w", "base": none, "change": none},
+    }
+
+
 def result(text=HOSTILE):
     rate = {"count": 3, "total": 60, "value": 0.05, "low": 0.017, "high": 0.137}
     scores = {n: {"safety": [0.1, 0.9, 0.5], "helpful": [0.2, 0.4, 0.3]} for n in SETS}
@@ -79,7 +90,7 @@ def result(text=HOSTILE):
     distilled = {"arms": {"none": arm, "template": arm}}
     distilled["decisions"] = {"samples": 2, "kept": 1, "not_better": 1, "excluded": {}}
     return {
-        "distill": distilled,
+        "distill": distilled, "eval": evaluation(text),
         "model": "smollm2", "train_rows": 120, "prompts": 30, "ppo_prompts": 40, "models": models, "samples": samples,
         "judges": {"safety": judge, "helpfulness": judge}, "best_of_k": {"iterations": [iteration]},
         "metrics": dict.fromkeys([n for n in RUNS if n != "ppo"], metrics) | {"ppo": ppo},
@@ -115,6 +126,7 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     assert not re.search(r"url\((?!#)", page)
     figures = [attrs for t, attrs in tags.found if t == "svg"]
     assert len(figures) == 5 and all(f["role"] == "img" and len(f["aria-label"]) > 20 for f in figures)
+    assert "+20.0 points (+0.0, +60.0; p = 1)" in page and "toxic answers" not in page
     assert "prefers-color-scheme: dark" in page and "already instruction-tuned" in page
     assert names.count("h1") == 1
 

@@ -26,23 +26,36 @@ struct Group {
   }
 };
 
+// threadIdx.x, read here: what follows from it is made where it is needed, and takes no registers in a loop before.
+__device__ __forceinline__ unsigned thread_again() {
+#ifdef __CUDACC__
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return threadIdx.x;
+#endif
+}
+
 // Copies ROWS rows of a (T, heads, DIM) tensor to a tile by all threads of a block: row r is token r >> log_pack, head
-// r % 2^log_pack. `from` is this thread's chunk in the first COPY_ROWS rows, `step` the bytes between rows so far apart.
+// r % 2^log_pack. `from`: this thread's chunk in the first COPY_ROWS rows; `step`: the bytes between rows so far apart.
 template <int DIM, int ROWS, int THREADS>
 struct RowsCopy {
   static_assert(THREADS == COPY_ROWS * Row<DIM>::CHUNKS && ROWS % COPY_ROWS == 0, "a chunk for each thread");
-  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Row<DIM>::CHUNKS; }
-  static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % Row<DIM>::CHUNKS; }
-  static __device__ __forceinline__ const unsigned char* from(const Heads& x, int64_t token, int64_t head, int log_pack) {
-    token += row() >> log_pack;
-    head += row() & ((1 << log_pack) - 1);
-    return x.at + (token * x.token + head * x.head + chunk() * 16);
+  static __device__ __forceinline__ const unsigned char* from(const Heads& x, int64_t token, int64_t head,
+                                                              int log_pack) {
+    unsigned thread = thread_again(), row = thread / Row<DIM>::CHUNKS, chunk = thread % Row<DIM>::CHUNKS;
+    token += row >> log_pack;
+    head += row & ((1 << log_pack) - 1);
+    return x.at + (token * x.token + head * x.head + chunk * 16);
   }
   // Moves `from` on by ROWS. Rows from `count` on are zeros, unless the tile is WHOLE.
   template <bool WHOLE>
-  static __device__ __forceinline__ void copy(unsigned char* tile, const unsigned char*& from, int64_t step, int count) {
-    unsigned char* to = tile + Row<DIM>::at(row(), chunk());
-    count -= row();
+  static __device__ __forceinline__ void copy(unsigned char* tile, const unsigned char*& from, int64_t step,
+                                              int count) {
+    const unsigned thread = thread_again(), row = thread / Row<DIM>::CHUNKS;
+    unsigned char* to = tile + (thread ^ row % 8) * 16;  // Row::at(row, chunk)
+    count -= row;
 #pragma unroll
     for (int i = 0; i < ROWS / COPY_ROWS; i++, from += step)
       cp_async16(to + i * COPY_ROWS * Row<DIM>::BYTES, from, WHOLE || i * COPY_ROWS < count);
@@ -82,7 +95,8 @@ __device__ __forceinline__ void right_operands(uint32_t (&b)[2][2], const float 
 
 // Transposed sums of 16 rows of a warp, times scale, to rows row0.. of a tile in shared memory, as bf16.
 template <int DIM>
-__device__ __forceinline__ void put_rows(unsigned char* tile, int row0, const float (&sums)[DIM / 16][2][4], float scale) {
+__device__ __forceinline__ void put_rows(unsigned char* tile, int row0, const float (&sums)[DIM / 16][2][4],
+                                         float scale) {
   int group = static_cast<int>(threadIdx.x % 32 / 4), pair = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int c = 0; c < DIM / 16; c++)

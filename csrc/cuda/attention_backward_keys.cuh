@@ -1,6 +1,10 @@
-// attention, backward: dK and dV. A block owns a tile of keys, in registers as left operands, and goes over all blocks
-// of query rows that see them: S^T = K Q^T and dP^T = V dO^T, then dV += P^T dO and dK += dS^T Q.
-// Limit: FLOPs on the tensor cores; then the port of shared memory, from which every product takes its right operand.
+// attention, backward: dK and dV. A block owns a tile of keys and goes over all blocks of query rows that see them.
+// Limit: FLOPs on the tensor cores.
+//
+// Two warps share 16 SQUARES keys. One holds K and sums dV: it makes the weights P^T = 2^(K Q^T - lse) of a block, and
+// adds P^T dO. The other holds V and sums dK: a block later it makes dS^T = P^T (V dO^T - delta), and adds dS^T Q.
+// P goes through shared memory, in fp32. So a warp has twice the keys that it could hold both gradients of, and reads
+// half as much from shared memory for a product: at head dim 128 the port of shared memory would be the limit else.
 #pragma once
 #include "attention_backward.cuh"
 
@@ -9,7 +13,7 @@ namespace attention {
 struct KeysArguments {
   Heads grad, q, k, v;
   const float *lse, *delta;             // of the workspace; delta negated
-  const int *segments, *tiles, *runs;   // attention_tiles.key_tiles
+  const int *segments, *tiles, *parts;   // attention_tiles.key_tiles
   bf16 *dk, *dv;
   Group group;
   float scale, scale_log2;
@@ -25,33 +29,40 @@ struct KeysSpan {
   int next;           // the index of the next span to look at
 };
 
+constexpr int KEYS_SPANS = 4;  // of the block before, of the one that is computed, of the next one, the one then
+
 // A row of attention_tiles.key_tiles, and the spans of its work. In shared memory: registers are full.
 struct KeysWork {
   int key0, segment0, segment1, run0, run1;
-  KeysSpan spans[SPANS];
+  KeysSpan spans[KEYS_SPANS];
 };
 
-// From which of a block's rows on a key is seen, and pulls at the row: where a row sees but one key, its weight is 1
-// whatever the score.
-struct alignas(8) Bound {
-  int sees, pulls;
-};
-
-// SQUARES times 16 keys a warp. The fragments of V stay in registers, or go back to the place of V in shared memory, in
-// the threads' order.
-template <int DIM, int WARPS, int SQUARES>
+// SQUARES times 16 keys a pair of warps. HELD of the fragments of K or V stay in registers, the rest in shared memory,
+// in the threads' order.
+template <int DIM, int WARPS, int SQUARES, int HELD, int BLOCK_ROWS>
 struct KeysShape {
-  static constexpr int THREADS = WARPS * 32, KEYS = WARPS * SQUARES * 16, ROWS = 64, STAGES = 2;
+  static constexpr int THREADS = WARPS * 32, HALF = THREADS / 2, KEYS = WARPS / 2 * SQUARES * 16, ROWS = BLOCK_ROWS;
   // Of a stage: Q, dO, and for each two rows 8 numbers: lse, lse, -, -, -delta, -delta, and these two again.
-  static constexpr int TILE = ROWS * Row<DIM>::BYTES, PAIR = 32, STAGE = 2 * TILE + ROWS / 2 * PAIR;
-  static constexpr int K = 0, V = KEYS * Row<DIM>::BYTES, FIRST = 2 * V, PLACES = FIRST + STAGES * STAGE;
-  static constexpr int BOUNDS = PLACES + 4 * THREADS * 8;
-  static constexpr int WORK = BOUNDS + KEYS * 8, SHARED = WORK + static_cast<int>(sizeof(KeysWork));
-  // Where in shared memory this thread has its part of a fragment of V.
+  static constexpr int TILE = ROWS * Row<DIM>::BYTES, PAIR = 32, STAGE = 2 * TILE + ROWS / 2 * PAIR, STAGES = 3;
+  // Of a block of weights: 16 bytes of each thread for each 16 x 8 of them.
+  static constexpr int WEIGHTS = STAGES * STAGE, BLOCK = ROWS / 8 * SQUARES * HALF * 16;
+  static constexpr int PLACES = WEIGHTS + 2 * BLOCK, PARTS = PLACES + 5 * THREADS * 8;
+  static constexpr int BOUNDS = PARTS + (SQUARES * DIM / 16 - HELD) * THREADS * 16, WORK = BOUNDS + 2 * KEYS * 4;
+  static constexpr int SHARED = WORK + static_cast<int>(sizeof(KeysWork));
+  // K and V, before the second block is copied, and at the end dV and dK.
+  static constexpr int K = STAGE, V = K + KEYS * Row<DIM>::BYTES;
+  static_assert(V + KEYS * Row<DIM>::BYTES <= PLACES, "K and V lie where stages and weights will");
+  static __device__ __forceinline__ bool held(int m, int c) { return m * (DIM / 16) + c < HELD; }
   static __device__ __forceinline__ int part(int m, int c) {
-    return V + ((m * (DIM / 16) + c) * THREADS + static_cast<int>(threadIdx.x)) * 16;
+    return PARTS + ((m * (DIM / 16) + c - HELD) * THREADS + static_cast<int>(threadIdx.x)) * 16;
   }
-  static __device__ __forceinline__ int other(int stage) { return 2 * FIRST + STAGE - stage; }
+  static __device__ __forceinline__ int after(int stage) { return stage == 2 * STAGE ? 0 : stage + STAGE; }
+  // Where the next block goes, of a warp that is at the one before (PULLS) or at this one.
+  template <bool PULLS>
+  static __device__ __forceinline__ int free_stage(int stage) {
+    return PULLS ? after(after(stage)) : after(stage);
+  }
+  static __device__ __forceinline__ int other(int weights) { return 2 * WEIGHTS + BLOCK - weights; }
 };
 
 // The first span that has blocks, of index `index` on; begin == end if there is none.
@@ -72,7 +83,7 @@ __device__ void find_span(KeysSpan& found, const KeysArguments& a, const KeysWor
       s.begin = max(key0 - s.row0, 0) / tokens;
       diagonal = (max(key1 - 1 - s.row0, 0) + tokens - 1) / tokens;
     } else {
-      const int* run = a.runs + static_cast<int64_t>(work.run0 + part - owners) * 4;
+      const int* run = a.parts + static_cast<int64_t>(work.run0 + part - owners) * 5;
       s.seen0 = run[0];
       s.seen1 = run[1];
       s.row0 = run[2];
@@ -91,41 +102,33 @@ __device__ void find_span(KeysSpan& found, const KeysArguments& a, const KeysWor
 }
 
 struct alignas(8) KeysBlock {
-  int span, block;
+  int span, block;  // -1: there is none
 };
-// The one behind it; there is none if that is the end of its span.
 __device__ __forceinline__ KeysBlock next_block(const KeysSpan* spans, const KeysBlock& now) {
-  if (now.block + 1 < spans[now.span].end) return {now.span, now.block + 1};
-  int span = (now.span + 1) % SPANS;
-  return {span, spans[span].begin};
+  if (now.block < 0 || now.block + 1 < spans[now.span].end) return {now.span, now.block < 0 ? -1 : now.block + 1};
+  int span = (now.span + 1) % KEYS_SPANS;
+  return {span, spans[span].begin < spans[span].end ? spans[span].begin : -1};
 }
 template <class Shape>
 __device__ __forceinline__ int rows_of(const KeysSpan& s, int block, int log_pack) {
   return ((s.row1 - s.row0) << log_pack) - block * Shape::ROWS;
 }
 
-// Of a warp's own keys, by the first of the four lanes that have a key.
-template <class Shape, int SQUARES>
-__device__ __forceinline__ void set_bounds(Bound* bounds, int key0, const KeysSpan& s, int block, int log_pack) {
+// From which of a block's rows on a warp's keys count: for the weights those that see the key; for dS not the one that
+// sees no other key, as its weight is 1 whatever the score. `bounds`: of the lane's first key.
+template <bool PULLS, class Shape, int SQUARES>
+__device__ __forceinline__ void set_bounds(int* bounds, int key, const KeysSpan& s, int block, int log_pack) {
   int tokens = Shape::ROWS >> log_pack, first = s.row0 + block * tokens;
   bool all = block >= s.masked_end && block < s.whole;
   __syncwarp();
   if (threadIdx.x % 4 == 0)
 #pragma unroll
-    for (int i = 0; i < 2 * SQUARES; i++) {
-      int key = key0 + static_cast<int>(threadIdx.x / 32) * SQUARES * 16 + 8 * i + static_cast<int>(threadIdx.x % 32 / 4);
-      int sees = all ? 0 : key >= s.seen0 && key < s.seen1 ? key - first : tokens;
-      int pulls = sees + (s.alone && key == s.seen0);
-      bounds[8 * i] = {max(min(sees, tokens), 0) << log_pack, max(min(pulls, tokens), 0) << log_pack};
+    for (int i = 0; i < 2 * SQUARES; i++, key += 8) {
+      int from = all ? 0 : key >= s.seen0 && key < s.seen1 ? key - first : tokens;
+      if (PULLS && !all) from += s.alone && key == s.seen0;
+      bounds[8 * i] = max(min(from, tokens), 0) << log_pack;
     }
   __syncwarp();
-}
-
-// Of the lane's first key.
-template <class Shape, int SQUARES>
-__device__ __forceinline__ Bound* first_bound(unsigned char* shared) {
-  return reinterpret_cast<Bound*>(shared + Shape::BOUNDS) +
-         (threadIdx.x / 32 * SQUARES * 16 + threadIdx.x % 32 / 4);
 }
 
 // Copies blocks of rows to stages. Where a thread goes on stays in shared memory: registers are full.
@@ -138,9 +141,9 @@ struct RowsLoader {
   __device__ __forceinline__ const unsigned char*& place(int which) const {
     return reinterpret_cast<const unsigned char**>(shared + Shape::PLACES)[which * Shape::THREADS + threadIdx.x];
   }
-  // Which block is computed.
-  __device__ __forceinline__ KeysBlock& block() const {
-    return reinterpret_cast<KeysBlock*>(shared + Shape::PLACES)[3 * Shape::THREADS + threadIdx.x];
+  // The block whose weights are made, and the one before it.
+  __device__ __forceinline__ KeysBlock& block(int before) const {
+    return reinterpret_cast<KeysBlock*>(shared + Shape::PLACES)[(3 + before) * Shape::THREADS + threadIdx.x];
   }
   __device__ __forceinline__ void begin(const KeysSpan& s, int block) const {
     int chunk = static_cast<int>(blockIdx.x % a.group.kv_heads) * a.group.chunks + s.chunk;
@@ -172,106 +175,145 @@ struct RowsLoader {
   }
 };
 
-// Of a warp: its keys, and their sums.
+// Of a warp: K or V of its keys, as far as registers go, and the transposed sums of dV or dK.
 template <int DIM, int SQUARES>
 struct KeysTile {
-  uint32_t k[SQUARES][DIM / 16][4], v[SQUARES][DIM / 16][4];  // v: if it is held
-  float dk[SQUARES][DIM / 16][2][4], dv[SQUARES][DIM / 16][2][4];  // transposed
+  uint32_t held[SQUARES][DIM / 16][4];
+  float sums[SQUARES][DIM / 16][2][4];
 };
 
-// 16 rows of a block. bounds, where it is MASKED: of the lane's first key.
-template <bool MASKED, bool V_HELD, int DIM, int SQUARES, class Shape>
-__device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, const unsigned char* shared, int stage,
-                                         const Fragments<DIM>& f, int slice, float scale_log2, const Bound* bounds) {
-  const unsigned char *q = shared + stage, *grad = q + Shape::TILE;
+// 16 rows of a block. PULLS: of the warp that makes dS and sums dK, else of the one that makes the weights and sums dV.
+template <bool PULLS, bool MASKED, int DIM, int SQUARES, class Shape>
+__device__ __forceinline__ void add_rows(KeysTile<DIM, SQUARES>& t, unsigned char* shared, int at_stage, int at_weights,
+                                         const Fragments<DIM>& f, int slice, float scale_log2, const int* bounds) {
+  const unsigned char* stage = shared + at_stage;
+  unsigned char* weights = shared + at_weights;
+  const unsigned char *q = stage, *grad = stage + Shape::TILE;
   const unsigned char* values = grad + Shape::TILE + threadIdx.x % 4 * Shape::PAIR + slice * 8 * Shape::PAIR;
-  float s[SQUARES][2][4], dp[SQUARES][2][4];
+  float s[SQUARES][2][4];
 #pragma unroll
   for (int m = 0; m < SQUARES; m++)
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      float4 delta = *reinterpret_cast<const float4*>(values + n * 4 * Shape::PAIR + 16);
-      dp[m][n][0] = delta.x, dp[m][n][1] = delta.y, dp[m][n][2] = delta.z, dp[m][n][3] = delta.w;
-      s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
+      float4 start = make_float4(0, 0, 0, 0);
+      if (PULLS) start = *reinterpret_cast<const float4*>(values + n * 4 * Shape::PAIR + 16);
+      s[m][n][0] = start.x, s[m][n][1] = start.y, s[m][n][2] = start.z, s[m][n][3] = start.w;
     }
 #pragma unroll
   for (int c = 0; c < DIM / 16; c++) {
     uint32_t r[4];
-    ldmatrix_x4(r, q + f.of(slice, c));
+    ldmatrix_x4(r, (PULLS ? grad : q) + f.of(slice, c));
 #pragma unroll
     for (int m = 0; m < SQUARES; m++) {
-      mma_bf16(s[m][0], t.k[m][c], r[0], r[1]);
-      mma_bf16(s[m][1], t.k[m][c], r[2], r[3]);
-    }
-    ldmatrix_x4(r, grad + f.of(slice, c));
-#pragma unroll
-    for (int m = 0; m < SQUARES; m++) {
-      uint32_t v[4];
-      if (!V_HELD) load16(v, shared + Shape::part(m, c));
-      mma_bf16(dp[m][0], V_HELD ? t.v[m][c] : v, r[0], r[1]);
-      mma_bf16(dp[m][1], V_HELD ? t.v[m][c] : v, r[2], r[3]);
+      uint32_t read[4];
+      if (!Shape::held(m, c)) load16(read, shared + Shape::part(m, c));
+      mma_bf16(s[m][0], Shape::held(m, c) ? t.held[m][c] : read, r[0], r[1]);
+      mma_bf16(s[m][1], Shape::held(m, c) ? t.held[m][c] : read, r[2], r[3]);
     }
   }
-  uint32_t weights[SQUARES][2][2], ds[SQUARES][2][2];
 #pragma unroll
   for (int n = 0; n < 2; n++) {
-    int from[SQUARES][2], pulls[SQUARES][2];  // as Bound, from the lane's first row on
-    if (MASKED) {
-      int row = slice * 16 + n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
+    int row = slice * 16 + n * 8 + static_cast<int>(threadIdx.x % 4) * 2;  // the lane's first
+    float2 lse = make_float2(0, 0);
+    if (!PULLS) lse = *reinterpret_cast<const float2*>(values + n * 4 * Shape::PAIR);
 #pragma unroll
-      for (int m = 0; m < SQUARES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          Bound bound = bounds[m * 16 + half * 8];
-          from[m][half] = bound.sees - row;
-          pulls[m][half] = bound.pulls - row;
-        }
-    }
-    float2 lse = *reinterpret_cast<const float2*>(values + n * 4 * Shape::PAIR);
-#pragma unroll
-    for (int m = 0; m < SQUARES; m++)
+    for (int m = 0; m < SQUARES; m++) {
+      auto* at = reinterpret_cast<float4*>(weights) + ((slice * SQUARES + m) * 2 + n) * Shape::HALF +
+                 threadIdx.x % Shape::HALF;
+      float weight[4];
+      if (PULLS) {
+        float4 w = *at;
+        weight[0] = w.x, weight[1] = w.y, weight[2] = w.z, weight[3] = w.w;
+      }
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        float weight = exp2_fast(fmaf(s[m][n][i], scale_log2, i % 2 ? -lse.y : -lse.x));
-        if (MASKED) weight = from[m][i / 2] <= i % 2 ? weight : 0.f;
-        float pull = weight * dp[m][n][i];
-        if (MASKED) pull = pulls[m][i / 2] <= i % 2 ? pull : 0.f;
-        s[m][n][i] = weight;
-        dp[m][n][i] = pull;
+        float x = PULLS ? weight[i] * s[m][n][i] : exp2_fast(fmaf(s[m][n][i], scale_log2, i % 2 ? -lse.y : -lse.x));
+        if (MASKED) x = bounds[m * 16 + i / 2 * 8] - row <= i % 2 ? x : 0.f;
+        s[m][n][i] = x;
       }
+      if (!PULLS) *at = make_float4(s[m][n][0], s[m][n][1], s[m][n][2], s[m][n][3]);
+    }
   }
+  uint32_t x[SQUARES][2][2];
 #pragma unroll
-  for (int m = 0; m < SQUARES; m++) {
-    right_operands(weights[m], s[m][0], s[m][1]);
-    right_operands(ds[m], dp[m][0], dp[m][1]);
-  }
+  for (int m = 0; m < SQUARES; m++) right_operands(x[m], s[m][0], s[m][1]);
 #pragma unroll
   for (int c = 0; c < DIM / 16; c++) {
     uint32_t r[4];
-    ldmatrix_x4_trans(r, grad + f.of(slice, c));
+    ldmatrix_x4_trans(r, (PULLS ? q : grad) + f.of(slice, c));
 #pragma unroll
     for (int m = 0; m < SQUARES; m++) {
-      mma_bf16(t.dv[m][c][0], r, weights[m][0][0], weights[m][0][1]);
-      mma_bf16(t.dv[m][c][1], r, weights[m][1][0], weights[m][1][1]);
-    }
-    ldmatrix_x4_trans(r, q + f.of(slice, c));
-#pragma unroll
-    for (int m = 0; m < SQUARES; m++) {
-      mma_bf16(t.dk[m][c][0], r, ds[m][0][0], ds[m][0][1]);
-      mma_bf16(t.dk[m][c][1], r, ds[m][1][0], ds[m][1][1]);
+      mma_bf16(t.sums[m][c][0], r, x[m][0][0], x[m][0][1]);
+      mma_bf16(t.sums[m][c][1], r, x[m][1][0], x[m][1][1]);
     }
   }
 }
 
-template <int DIM, int WARPS, int SQUARES, bool V_HELD, int BLOCKS>
-__global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(KeysArguments a) {
-  using Shape = KeysShape<DIM, WARPS, SQUARES>;
-  SIMT_SHARED(unsigned char, shared);
+// All blocks of rows. The first is on its way to the first stage.
+template <bool PULLS, int DIM, int SQUARES, class Shape>
+__device__ __forceinline__ void add_blocks(KeysTile<DIM, SQUARES>& t, const KeysArguments& a, unsigned char* shared) {
   const RowsLoader<DIM, Shape> loader{a, shared};
+  const Fragments<DIM> f = squares<DIM>();
   KeysWork& work = *reinterpret_cast<KeysWork*>(shared + Shape::WORK);
   KeysSpan* spans = work.spans;
-  const int key_of_warp = static_cast<int>(threadIdx.x / 32) * SQUARES * 16;
-  const Fragments<DIM> f = squares<DIM>();
+  KeysBlock &now = loader.block(0), &before = loader.block(1);
+  now = {0, spans[0].begin < spans[0].end ? spans[0].begin : -1};
+  before = {0, -1};
+  int stage = PULLS ? Shape::after(Shape::after(0)) : 0;  // of the warp's block: the one before, if it PULLS
+  int weights = PULLS ? Shape::other(Shape::WEIGHTS) : Shape::WEIGHTS;
+  while (now.block >= 0 || before.block >= 0) {
+    const int rest = now.block < 0 ? 0 : spans[now.span].whole - 1 - now.block;
+    // Blocks that see all keys, as the one before does; the next one is whole.
+    if (rest > 0 && now.block > max(spans[now.span].masked_end, spans[now.span].begin)) {
+      now.block += rest;
+      before.block += rest;
+      int left = rest;
+#pragma unroll 1
+      do {
+        cp_async_wait<0>();
+        __syncthreads();
+        loader.template copy<true>(shared + Shape::template free_stage<PULLS>(stage), 0);
+#pragma unroll
+        for (int slice = 0; slice < Shape::ROWS / 16; slice++)
+          add_rows<PULLS, false, DIM, SQUARES, Shape>(t, shared, stage, weights, f, slice, a.scale_log2, nullptr);
+        stage = Shape::after(stage);
+        weights = Shape::other(weights);
+      } while (--left);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    {
+      const KeysBlock one = now, next = next_block(spans, one);
+      if (next.block >= 0) {
+        const KeysSpan& n = spans[next.span];
+        if (next.span != one.span) loader.begin(n, next.block);
+        loader.template copy<false>(shared + Shape::template free_stage<PULLS>(stage),
+                                    rows_of<Shape>(n, next.block, a.group.log_pack));
+        if (next.span != one.span && threadIdx.x == 0)
+          find_span<Shape>(spans[(one.span + 2) % KEYS_SPANS], a, work, n.next);
+      }
+    }
+    const KeysBlock mine = PULLS ? before : now;
+    if (mine.block >= 0) {
+      const int key = threadIdx.x % Shape::HALF / 32 * SQUARES * 16 + threadIdx.x % 32 / 4;
+      int* bounds = reinterpret_cast<int*>(shared + Shape::BOUNDS) + (PULLS ? Shape::KEYS : 0) + key;
+      set_bounds<PULLS, Shape, SQUARES>(bounds, work.key0 + key, spans[mine.span], mine.block, a.group.log_pack);
+#pragma unroll 1
+      for (int slice = 0; slice < Shape::ROWS / 16; slice++)
+        add_rows<PULLS, true, DIM, SQUARES, Shape>(t, shared, stage, weights, f, slice, a.scale_log2, bounds);
+    }
+    stage = Shape::after(stage);
+    weights = Shape::other(weights);
+    before = now;
+    now = next_block(spans, before);
+  }
+}
+
+template <int DIM, int WARPS, int SQUARES, int HELD, int ROWS, int BLOCKS>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(KeysArguments a) {
+  using Shape = KeysShape<DIM, WARPS, SQUARES, HELD, ROWS>;
+  SIMT_SHARED(unsigned char, shared);
+  KeysWork& work = *reinterpret_cast<KeysWork*>(shared + Shape::WORK);
 
   KeysTile<DIM, SQUARES> t = {};
   {
@@ -282,8 +324,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(Ke
       work.segment1 = tile[2];
       work.run0 = tile[3];
       work.run1 = tile[4];
-      find_span<Shape>(spans[0], a, work, 0);
-      find_span<Shape>(spans[1], a, work, spans[0].next);
+      find_span<Shape>(work.spans[0], a, work, 0);
+      find_span<Shape>(work.spans[1], a, work, work.spans[0].next);
     }
     __syncthreads();
     const int kv_head = static_cast<int>(blockIdx.x % a.group.kv_heads);
@@ -294,103 +336,60 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(Ke
     Copy::template copy<false>(shared + Shape::K, k, COPY_ROWS * a.k.token, count);
     Copy::template copy<false>(shared + Shape::V, v, COPY_ROWS * a.v.token, count);
     cp_async_commit();
-    const KeysSpan& first = spans[0];
+    const RowsLoader<DIM, Shape> loader{a, shared};
+    const KeysSpan& first = work.spans[0];
     if (first.begin < first.end) {
       loader.begin(first, first.begin);
-      loader.template copy<false>(shared + Shape::FIRST, rows_of<Shape>(first, first.begin, a.group.log_pack));
+      loader.template copy<false>(shared, rows_of<Shape>(first, first.begin, a.group.log_pack));
     } else {
       cp_async_commit();
     }
     cp_async_wait<1>();
     __syncthreads();
-    const Fragments<DIM> left = Fragments<DIM>::left(key_of_warp);
+    const Fragments<DIM> left = Fragments<DIM>::left(threadIdx.x % Shape::HALF / 32 * SQUARES * 16);
 #pragma unroll
     for (int m = 0; m < SQUARES; m++)
 #pragma unroll
       for (int c = 0; c < DIM / 16; c++) {
-        ldmatrix_x4(t.k[m][c], shared + Shape::K + left.of(m, c));
-        ldmatrix_x4(t.v[m][c], shared + Shape::V + left.of(m, c));
+        ldmatrix_x4(t.held[m][c], shared + (threadIdx.x < Shape::HALF ? Shape::K : Shape::V) + left.of(m, c));
+        if (!Shape::held(m, c)) store16(shared + Shape::part(m, c), t.held[m][c]);
       }
-    if (!V_HELD) {
-      __syncthreads();
-#pragma unroll
-      for (int m = 0; m < SQUARES; m++)
-#pragma unroll
-        for (int c = 0; c < DIM / 16; c++) store16(shared + Shape::part(m, c), t.v[m][c]);
-    }
   }
+  if (threadIdx.x >= Shape::HALF)
+    add_blocks<true, DIM, SQUARES, Shape>(t, a, shared);
+  else
+    add_blocks<false, DIM, SQUARES, Shape>(t, a, shared);
 
-  int stage = Shape::FIRST;
-  bool more = spans[0].begin < spans[0].end;
-  KeysBlock& place = loader.block();
-  place = {0, spans[0].begin};
-  while (more) {
-    const int rest = spans[place.span].whole - 1 - place.block;
-    if (place.block >= spans[place.span].masked_end && rest > 0) {  // blocks that see all keys, if the next one is whole
-      place.block += rest;
-#pragma unroll 1
-      for (int i = 0; i < rest; i++) {
-        cp_async_wait<0>();
-        __syncthreads();
-        loader.template copy<true>(shared + Shape::other(stage), 0);
+  __syncthreads();
+  const unsigned thread = thread_again();
+  const bool pulls = thread >= Shape::HALF;
+  const int key_of_warp = thread % Shape::HALF / 32 * SQUARES * 16;
+  unsigned char* tile = shared + (pulls ? Shape::V : Shape::K);
 #pragma unroll
-        for (int slice = 0; slice < Shape::ROWS / 16; slice++)
-          add_rows<false, V_HELD, DIM, SQUARES, Shape>(t, shared, stage, f, slice, a.scale_log2, {});
-        stage = Shape::other(stage);
-      }
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-    {
-      const KeysBlock now = place, next = next_block(spans, now);
-      const KeysSpan& n = spans[next.span];
-      if (next.block < n.end) {
-        if (next.span != now.span) loader.begin(n, next.block);
-        loader.template copy<false>(shared + Shape::other(stage), rows_of<Shape>(n, next.block, a.group.log_pack));
-        if (next.span != now.span && threadIdx.x == 0)
-          find_span<Shape>(spans[(now.span + 2) % SPANS], a, work, n.next);
-      }
-      set_bounds<Shape, SQUARES>(first_bound<Shape, SQUARES>(shared), work.key0, spans[now.span], now.block,
-                                 a.group.log_pack);
-    }
-#pragma unroll 1
-    for (int slice = 0; slice < Shape::ROWS / 16; slice++)
-      add_rows<true, V_HELD, DIM, SQUARES, Shape>(t, shared, stage, f, slice, a.scale_log2, first_bound<Shape, SQUARES>(shared));
-    stage = Shape::other(stage);
-    place = next_block(spans, place);
-    more = place.block < spans[place.span].end;
-  }
-
-  if (!V_HELD) __syncthreads();
-  // Now a warp's rows of the tiles of K and V are read by itself alone.
-#pragma unroll
-  for (int m = 0; m < SQUARES; m++) {
-    put_rows<DIM>(shared + Shape::K, key_of_warp + 16 * m, t.dk[m], a.scale);
-    put_rows<DIM>(shared + Shape::V, key_of_warp + 16 * m, t.dv[m], 1.f);
-  }
+  for (int m = 0; m < SQUARES; m++) put_rows<DIM>(tile, key_of_warp + 16 * m, t.sums[m], pulls ? a.scale : 1.f);
   __syncwarp();
   const int key0 = work.key0, kv_head = static_cast<int>(blockIdx.x % a.group.kv_heads);
-  for (int i = static_cast<int>(threadIdx.x % 32); i < SQUARES * 16 * Row<DIM>::CHUNKS; i += 32) {
+  bf16* out = pulls ? a.dk : a.dv;
+  for (unsigned i = thread % 32; i < SQUARES * 16 * Row<DIM>::CHUNKS; i += 32) {
     int row = key_of_warp + i / Row<DIM>::CHUNKS, chunk = i % Row<DIM>::CHUNKS;
     if (key0 + row >= a.group.tokens) break;
     int64_t at = (static_cast<int64_t>(key0 + row) * a.group.kv_heads + kv_head) * DIM + chunk * 8;
-    *reinterpret_cast<uint4*>(a.dk + at) = *reinterpret_cast<uint4*>(shared + Shape::K + Row<DIM>::at(row, chunk));
-    *reinterpret_cast<uint4*>(a.dv + at) = *reinterpret_cast<uint4*>(shared + Shape::V + Row<DIM>::at(row, chunk));
+    *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<uint4*>(tile + Row<DIM>::at(row, chunk));
   }
 }
 
-template <int DIM, int WARPS, int SQUARES, bool V_HELD, int BLOCKS>
+template <int DIM, int WARPS, int SQUARES, int HELD, int ROWS, int BLOCKS>
 int launch_keys(const Heads& grad, const Heads& q, const Heads& k, const Heads& v, const void* lse, const void* delta,
-                const void* segments, const void* tiles, const void* runs, int64_t num_tiles, int64_t tokens,
+                const void* segments, const void* tiles, const void* parts, int64_t num_tiles, int64_t tokens,
                 int kv_heads, int chunks, int log_pack, double scale, void* dk, void* dv, void* stream) {
-  using Shape = KeysShape<DIM, WARPS, SQUARES>;
+  using Shape = KeysShape<DIM, WARPS, SQUARES, HELD, ROWS>;
   KeysArguments a{
       grad, q, k, v, static_cast<const float*>(lse), static_cast<const float*>(delta),
-      static_cast<const int*>(segments), static_cast<const int*>(tiles), static_cast<const int*>(runs),
+      static_cast<const int*>(segments), static_cast<const int*>(tiles), static_cast<const int*>(parts),
       static_cast<bf16*>(dk), static_cast<bf16*>(dv), group(tokens, kv_heads, chunks, log_pack, q, grad),
       static_cast<float>(scale), static_cast<float>(scale * LOG2E)};
   if (!fits(grad) || !fits(q) || !fits(k) || !fits(v) || !fits(a.group, num_tiles * kv_heads)) return BAD_ARGUMENT;
-  return SIMT_LAUNCH((attention_backward_keys<DIM, WARPS, SQUARES, V_HELD, BLOCKS>),
+  return SIMT_LAUNCH((attention_backward_keys<DIM, WARPS, SQUARES, HELD, ROWS, BLOCKS>),
                      dim3(static_cast<unsigned>(num_tiles * kv_heads)), dim3(Shape::THREADS), Shape::SHARED, stream, a);
 }
 

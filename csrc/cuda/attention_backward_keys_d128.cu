@@ -1,4 +1,4 @@
-// 128 keys a block, 16 a warp: what fits in registers, 1 block on an SM.
+// 128 keys a block, 1 block on an SM.
 #include "attention_backward_keys.cuh"
 
 extern "C" int hps_attention_backward_keys_d128(
@@ -7,8 +7,8 @@ extern "C" int hps_attention_backward_keys_d128(
     const void* delta, const void* segments, const void* tiles, const void* runs, int64_t num_tiles, int64_t tokens,
     int kv_heads, int chunks, int log_pack, double scale, void* dk, void* dv, void* stream) {
   using attention::heads;
-  return attention::launch_keys<128, 8, 1, true, 1>(
+  return attention::launch_keys<128, 8, 2, 14, 32, 1>(
       heads(grad, grad_token, grad_head), heads(q, q_token, q_head), heads(k, k_token, k_head),
-      heads(v, v_token, v_head), lse, delta, segments, tiles, runs, num_tiles, tokens, kv_heads, chunks, log_pack, scale,
-      dk, dv, stream);
+      heads(v, v_token, v_head), lse, delta, segments, tiles, runs, num_tiles, tokens, kv_heads, chunks, log_pack,
+      scale, dk, dv, stream);
 }

@@ -1,4 +1,4 @@
-// 128 keys a block, 32 a warp: what fits in registers, 2 blocks on an SM.
+// 96 keys a block, 2 blocks on an SM.
 #include "attention_backward_keys.cuh"
 
 extern "C" int hps_attention_backward_keys_d64(
@@ -7,8 +7,8 @@ extern "C" int hps_attention_backward_keys_d64(
     const void* delta, const void* segments, const void* tiles, const void* runs, int64_t num_tiles, int64_t tokens,
     int kv_heads, int chunks, int log_pack, double scale, void* dk, void* dv, void* stream) {
   using attention::heads;
-  return attention::launch_keys<64, 4, 2, false, 2>(
+  return attention::launch_keys<64, 4, 3, 12, 48, 2>(
       heads(grad, grad_token, grad_head), heads(q, q_token, q_head), heads(k, k_token, k_head),
-      heads(v, v_token, v_head), lse, delta, segments, tiles, runs, num_tiles, tokens, kv_heads, chunks, log_pack, scale,
-      dk, dv, stream);
+      heads(v, v_token, v_head), lse, delta, segments, tiles, runs, num_tiles, tokens, kv_heads, chunks, log_pack,
+      scale, dk, dv, stream);
 }

@@ -1,5 +1,5 @@
-// attention, backward: dQ. A block owns a tile of query rows, in registers as left operands, and goes over the blocks of
-// keys that they see, as forward does: S = Q K^T and dP = dO V^T, then dQ += dS K.
+// attention, backward: dQ. A block owns a tile of query rows, in registers as left operands, and goes over the blocks
+// of keys that they see, as forward does: S = Q K^T and dP = dO V^T, then dQ += dS K.
 // Limit: FLOPs on the tensor cores; then the port of shared memory, from which every product takes its other operand.
 #pragma once
 #include "attention_backward.cuh"
@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
     cp_async_commit();
     __syncthreads();
     if (spans[0].begin < spans[0].end)
-      Loader(a, tile.kv_head, spans[0].begin).template copy<false>(shared + Shape::FIRST, a, spans[0].end - spans[0].begin);
+      Loader(a, tile.kv_head, spans[0].begin)
+          .template copy<false>(shared + Shape::FIRST, a, spans[0].end - spans[0].begin);
     else
       cp_async_commit();
     const int64_t values = a.group.row(chunk, tile.first);

@@ -10,7 +10,8 @@ constexpr int THREADS = 128;
 // A block has a token, DIM / 8 lanes a query head.
 template <int DIM>
 __global__ void __launch_bounds__(THREADS)
-    attention_delta(Heads grad, const bf16* out, const float* lse, float* to_lse, float* to_delta, int heads, Group group) {
+    attention_delta(Heads grad, const bf16* out, const float* lse, float* to_lse, float* to_delta, int heads,
+                    Group group) {
   constexpr int LANES = Row<DIM>::CHUNKS;
   const int64_t token = blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % LANES, first = static_cast<int>(threadIdx.x) / LANES;
@@ -43,8 +44,8 @@ int launch_delta(const Heads& grad, const void* out, const void* lse, const Grou
   auto* o = static_cast<const bf16*>(out);
   auto* l = static_cast<const float*>(lse);
   auto *ll = static_cast<float*>(to_lse), *d = static_cast<float*>(to_delta);
-  return SIMT_LAUNCH((attention_delta<DIM>), dim3(static_cast<unsigned>(g.tokens)), dim3(THREADS), 0, stream, grad, o, l,
-                     ll, d, heads, g);
+  return SIMT_LAUNCH((attention_delta<DIM>), dim3(static_cast<unsigned>(g.tokens)), dim3(THREADS), 0, stream, grad, o,
+                     l, ll, d, heads, g);
 }
 
 }  // namespace attention

@@ -17,15 +17,16 @@ namespace attention {
 
 struct ForwardArguments {
   Heads q, k, v;
-  int64_t k_step, v_step;  // bytes of the tokens that are copied at a time
-  bf16* out;   // (T, heads, DIM)
-  float* lse;  // (T, heads)
+  int64_t k_step, v_step;    // bytes of the tokens that are copied at a time
+  int64_t k_block, v_block;  // and of a block's
+  bf16* out;                 // (T, heads, DIM)
+  float* lse;                // (T, heads)
   const int* segments;
   const int* tiles;
-  int* redo;  // (programs, warps): whether a warp's sums have NaN or infinity
+  int* redo;                 // (programs, warps): whether a warp's sums have NaN or infinity
   int programs, kv_heads;
   Packing packing;
-  float scale;  // of the scores, times log2(e)
+  float scale;               // of the scores, times log2(e)
 };
 
 // Keys key..key1-1, a block of them at a time, of which rows of the tokens low..high-1 see those up to themselves.
@@ -343,31 +344,37 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
   if (plan.rest[0].key >= plan.rest[0].key1) return;
   const auto at_k = Fragments<DIM>::right(0);
   const auto at_v = Fragments<DIM>::left(0);
-  const unsigned char* q = shared + F::Q + threadIdx.x / 32 * 32 * Row<DIM>::BYTES;
+  int q_at = threadIdx.x / 32 * 32 * Row<DIM>::BYTES;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  q_at = opaque(q_at);  // on sm_90 a register more would spill
+#endif
   unsigned char *to_k = shared + F::K + Copy::to(), *to_v = shared + F::V + Copy::to();
   typename F::Scores s;
   copy_queries<DIM>(a.q, plan.rows, shared + F::Q);
   int left = plan.whole - 1;  // the last goes with the rest, that a copy for those may begin in it
   {
     int key = left > 0 ? plan.key(0) : plan.rest[0].key;
+    auto copy = [](unsigned char* to, const unsigned char* from, int64_t step) { Copy::copy(to, from, step); };
     auto *k = Copy::from(a.k, plan.kv_head, key), *v = Copy::from(a.v, plan.kv_head, key);
     Copy::copy(to_k, k, a.k_step, left > 0 ? F::KEYS : plan.rest[0].key1 - key);
     cp_async_commit();
-    k += F::KEYS * a.k.token - a.k_step;
+    k += a.k_block - a.k_step;
     v -= a.v_step;
     for (; left > 0; left--) {  // every row sees all of it
       cp_async_wait<0>();
       __syncthreads();  // K is there, and V has been used
-      Copy::copy(to_v, v, a.v_step);
+      copy(to_v, v, a.v_step);
+      v += a.v_block;
       cp_async_commit();
-      make_scores<DIM>(s, q, at_v, shared + F::K, at_k);
+      make_scores<DIM>(s, shared + F::Q + q_at, at_v, shared + F::K, at_k);
       cp_async_wait<0>();
       __syncthreads();  // V is there, and K has been used
       if (left == plan.own_blocks) {
         k += plan.k_gap;
         v += plan.v_gap;
       }
-      Copy::copy(to_k, k, a.k_step);
+      copy(to_k, k, a.k_step);
+      k += a.k_block;
       cp_async_commit();
       raise_where_needed<DIM>(sums, s, a.scale);
       add_values<DIM>(sums, s, shared + F::V, at_v, a.scale);
@@ -382,7 +389,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& a, typename Forwa
     cp_async_commit();
     if (threadIdx.x == 0) plan.rest[turn ^ 1] = plan.behind(now, a.segments);
     __syncwarp();
-    make_scores<DIM>(s, q, at_v, shared + F::K, at_k);
+    make_scores<DIM>(s, shared + F::Q + q_at, at_v, shared + F::K, at_k);
     cp_async_wait<0>();
     __syncthreads();
     Keys next = plan.rest[turn ^ 1];
@@ -442,7 +449,7 @@ int launch_forward(const void* q, const void* k, const void* v, void* out, void*
     return Heads{static_cast<const unsigned char*>(x), token * 2, head * 2};
   };
   ForwardArguments a{heads(q, q_token, q_head), heads(k, k_token, k_head), heads(v, v_token, v_head),
-                     F::Copy::STEP * k_token * 2, F::Copy::STEP * v_token * 2,
+                     F::Copy::STEP * k_token * 2, F::Copy::STEP * v_token * 2, F::KEYS * k_token * 2, F::KEYS * v_token * 2,
                      static_cast<bf16*>(out), static_cast<float*>(lse), static_cast<const int*>(segments),
                      static_cast<const int*>(tiles), static_cast<int*>(redo),
                      static_cast<int>(num_tiles) * kv_heads * chunks, kv_heads, {ratio, pack, chunks}, scale_log2};

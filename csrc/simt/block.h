@@ -110,10 +110,15 @@ inline void after_block() {
         w.before[i] = w.at[i];
     }
 }
-// The launches are over: outputs get what was written, and keep what was there where nothing was.
+// The launches are over: outputs get what was written, and keep what was there where nothing was. A byte that was not
+// seen to change beside one that was, in a number of two bytes or more, was written with the poison's value.
 inline void end_watch() {
-  for (auto& w : watches)
-    if (w.output) memcpy(w.at, w.result.data(), w.bytes);
+  for (auto& w : watches) {
+    if (!w.output) continue;
+    for (size_t i = 0; i < w.bytes; i++)
+      if (w.owner[i] < 0 && (i ^ 1) < w.bytes && w.owner[i ^ 1] >= 0) w.result[i] = POISON;
+    memcpy(w.at, w.result.data(), w.bytes);
+  }
   watches.clear();
 }
 inline void mark_atomic(void* p, size_t bytes) {

@@ -31,8 +31,8 @@ def in_chunks(x):
 
 def resident_blocks(device: torch.device) -> int:
     """Blocks that the GPU holds at a time."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
-    return sms * BLOCKS_PER_SM
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return BLOCKS_PER_SM * (torch.cuda.get_device_properties(device).multi_processor_count if there else 108)
 
 
 def attention(q, k, v, segments, softmax_scale, deterministic):

@@ -8,7 +8,8 @@ share its tile.
 from hpsafety.cuda_kernels.library import launch
 from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
 
-KEYS, ROWS = 128, 128  # of a tile: attention_backward_keys_*.cu, attention_backward_rows_*.cu
+KEYS = {64: 96, 128: 128}  # of a tile, by head dim: attention_backward_keys_*.cu
+ROWS = 128  # of a tile: attention_backward_rows_*.cu
 MOST_PACKED = 16  # query heads of a kv head that are rows of one tile
 VIEWS = "pppp ll ll ll ll"  # grad, q, k, v and their strides
 
@@ -33,17 +34,29 @@ def attention_backward(grad, q, k, v, out, lse, segments, softmax_scale, determi
     grad, q, k, v, out = map(words, (grad, q, k, v, out.contiguous()))
     lse, segments = lse.contiguous(), segments.contiguous()
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    lse_of_rows, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)  # in the order of the blocks' rows
+    lse_of_rows, delta = (
+        lse.new_empty(lse.shape),
+        lse.new_empty(lse.shape),
+    )  # in the order of the blocks' rows
     packed = log_pack(heads // kv_heads)
     group = (tokens, kv_heads, heads // kv_heads >> packed, packed)
     launch(
-        "hps_attention_delta", "ppp ll liii i pp", grad, out, lse, *grad.stride()[:2], *group, dim, lse_of_rows, delta
+        "hps_attention_delta",
+        "ppp ll liii i pp",
+        grad,
+        out,
+        lse,
+        *grad.stride()[:2],
+        *group,
+        dim,
+        lse_of_rows,
+        delta,
     )
     views = (grad, q, k, v, *(stride for x in (grad, q, k, v) for stride in x.stride()[:2]))
-    tables = key_tiles(segments, tokens, KEYS)
+    tables = key_tiles(segments, tokens, KEYS[dim])
     launch(
         f"hps_attention_backward_keys_d{dim}", f"{VIEWS} pp ppp l liii d pp", *views, lse_of_rows, delta, segments,
-        tables.tiles, tables.runs, len(tables.tiles), *group, softmax_scale, dk, dv,
+        tables.tiles, tables.parts, len(tables.tiles), *group, softmax_scale, dk, dv,
     )  # fmt: skip
     tiles = query_tiles(segments, tokens, ROWS >> packed)
     launch(

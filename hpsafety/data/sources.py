@@ -41,6 +41,11 @@ def load_rows(paths, kind: str) -> Records:
     return Records(rows, counts)
 
 
+def raw_rows(path) -> Iterator[tuple[int | str, dict]]:
+    """(line or row, row as published) of one source that load_rows could read. Raises InputError."""
+    return _read_raw(Path(path))
+
+
 # ---- publishers' forms ----
 
 

@@ -88,6 +88,15 @@ class Tokenizer:
         """Token ids of text from outside: "<|im_end|>" in it is ten characters, never the control token."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text that begins a document: behind bos where the tokenizer puts one by itself."""
+        return self._bos + self.encode_plain(text)
+
+    @functools.cached_property
+    def _bos(self) -> list[int]:
+        first = self._backend.encode("a", add_special_tokens=True).ids[:1]
+        return first if first == [self.bos_id] else []
+
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Text of token ids; special tokens are left out unless skip_special is False."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)

@@ -17,7 +17,11 @@ from hpsafety import config, flags
 from hpsafety.config import ProfileConfig, flag
 from hpsafety.errors import InputError, file_error
 
-UNMARKED = ("sample",)  # a step is one token per sequence: bench/end_to_end/generate.py times it as a whole
+UNMARKED = (
+    "sample",
+    "audit",
+    "eval",
+)  # no optimiser steps; of sample, a step is one token per sequence: bench/end_to_end/generate.py times it as a whole
 SUMMARY = "where a step's time goes: a few steps of a stage under torch.profiler"
 PROG = "hpsafety profile"
 SCRATCH = ".run"

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from hpsafety.files import atomic_write
 from hpsafety.report.figures import loss_curves, score_figure, trade_off
-from hpsafety.safety import distill_page, ppo_page
+from hpsafety.safety import distill_page, eval_page, ppo_page
 from hpsafety.safety.intervals import Rate
 from hpsafety.safety.measure import JUDGED
 from hpsafety.safety.rejection_page import curves_figure
@@ -102,6 +102,7 @@ def write_report(result: dict, path: Path) -> None:
         trade_off=Markup(trade_off([{"name": m["name"], **m["refused"]} for m in models])),
         scores=Markup(score_figure(models, JUDGED[:2])), loss_curves=Markup(loss_curves(losses)),
         curves=Markup(curves_figure(result["best_of_k"]["iterations"])),
+        evaluation=[row for row in eval_page.headline_rows(result["eval"]) if row["n"]],
         arms=distill_page.rows(result["distill"]["arms"]), decided=distill_page.decided(result["distill"]),
         ppo_curves=Markup(ppo_page.curves_figure(result["metrics"]["ppo"])), ppo_ends=ends,
     )  # fmt: skip

@@ -16,7 +16,8 @@ from hpsafety.train import checkpoint
 
 # Fields that change how a run is executed, not what it computes: a run may be resumed under other values of these.
 EXECUTION = (
-    "resume", "out", "device", "tokens_per_batch", "checkpoint_every", "recompute", "kv_memory", "max_batch",
+    "resume", "out", "device", "tokens_per_batch", "checkpoint_every", "recompute", "kv_memory", "max_batch", "workers",
+    "keep_going",
 )  # fmt: skip
 OURS = (
     "model", "metrics.jsonl", "manifest.json", "checkpoints", "log.txt", "tb", "report.json", "report.html",
@@ -153,13 +154,17 @@ class RunDir:
         self._write()
         self.checkpoints.mkdir(exist_ok=True)
 
-    def finish(self, counts: dict) -> None:
+    def finish(self, counts: dict, files: tuple[str, ...] = ()) -> None:
         """Writes output hashes, counts and the end time, and then drops what only training needs: killed in between,
-        the run is complete, with some files too many."""
+        the run is complete, with some files too many.
+
+        files  outputs of OUT beside model/ that a later stage may read
+        """
         if not self.world.is_main:
             return
         self.manifest |= {
-            "output_hashes": tree_hashes(self.path / "model"),
+            "output_hashes": tree_hashes(self.path / "model")
+            | {name: sha256(self.path / name) for name in files},
             "counts": counts,
             "ended": now(),
         }
