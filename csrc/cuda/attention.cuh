@@ -33,7 +33,7 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-// Where this lane reads 16 x 16 squares of tiles whose rows have DIM numbers: one offset, and constants for each square.
+// Where this lane reads 16 x 16 squares of tiles whose rows have DIM numbers: an offset, and constants for each square.
 template <int DIM>
 struct Fragments {
   int at;
@@ -58,7 +58,7 @@ struct Heads {
 
 // Copies ROWS rows of a tile by all THREADS of a block. `to` and `from` are this thread's chunk in the first rows:
 // row threadIdx.x / CHUNKS, chunk threadIdx.x % CHUNKS; `step` is the bytes of STEP tokens. Rows from `count` on are
-// zeros; without a count all are there, and `from` goes on to the last of them: it is one step before the first at first.
+// zeros. Without a count all are there, and `from`, at first a step before the first, goes on to the last of them.
 template <int DIM, int ROWS, int THREADS>
 struct TileCopy {
   static constexpr int STEP = THREADS / Row<DIM>::CHUNKS;  // rows at a time
@@ -107,8 +107,8 @@ __device__ __forceinline__ TileRow tile_row(const QueryTile& t, const Packing& p
   return {valid ? t.first + token : -1, t.kv_head * p.ratio + of_group};
 }
 
-// A block's program in a round, in a launch of fewer blocks than programs. They stand longest first: a block is first in
-// one round and last in the next, so that all get as much.
+// A block's program in a round, in a launch of fewer blocks than programs. They stand longest first: a block is first
+// in one round and last in the next, so that all get as much.
 __device__ __forceinline__ int program_of(int round) {
   int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   return round * blocks + (round % 2 ? blocks - 1 - block : block);

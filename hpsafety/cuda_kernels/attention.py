@@ -19,7 +19,9 @@ def refuses(dtype: torch.dtype | None, head_dim: int | None) -> str | None:
     if dtype not in (torch.bfloat16, None):
         return f"the CUDA attention kernels are for bfloat16, got {dtype}"
     if head_dim not in (*HEAD_DIMS, None):
-        return f"the CUDA attention kernels are for head dim {' and '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+        return (
+            f"the CUDA attention kernels are for head dim {' and '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+        )
     return None
 
 
