@@ -325,6 +325,9 @@ def test_drawn_shapes(seed):
 @pytest.mark.parametrize("mode, seed", [("fibers", 1), ("fibers", 2), ("tsan", None), ("asan", None)])
 def test_replay(mode, seed, launch):
     """Other orders of threads and blocks, races, bounds, two writers: nothing is found, and the bytes are the same."""
+    args = inputs([200, 3], 16, 17, 1, prefix=([5, 4 * KEYS - 9], [1, 1]))  # stages are used again
+    if launch == 0:  # as are the counts of warps
+        args = inputs([1] * 300, 16, 1, 1, prefix=([1, 2], [i % 3 // 2 for i in range(300)]))
     with replay.recorded() as calls:
-        attend(**inputs([200, 3], 16, 17, 1, prefix=([5, 4 * KEYS - 9], [1, 1])))  # stages are used again
+        attend(**args)
     replay.run(calls[launch], mode, seed)
