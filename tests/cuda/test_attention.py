@@ -82,8 +82,10 @@ def check(args, scale=None):
         (GENERAL[1], 2, 1, 128),
         (grouped((2, 1, 2)), 130, 1, 64),
         (grouped((5, *[1 + i % 2 for i in range(64)])), 1, 1, 64),
+        (grouped((130, 5, 270)), 8, 1, 64),
+        (grouped((70, 3, 150)), 8, 1, 128),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_matches_oracle(segments, heads, kv_heads, dim):
     """KER-2 over ragged segments, general prefixes, K from 1 to 64, and groups of heads, also of more than a tile's
@@ -232,11 +234,13 @@ def test_views():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the storage is reserved, not touched, only on the CPU")
-@pytest.mark.parametrize("dim, prompt", [(64, 4), (128, 70)])
-def test_offsets_past_32_bits(dim, prompt):
-    """Rows that far apart: within a block of keys, and between blocks only."""
-    args = make_inputs(grouped((prompt, 3, 1)), 1, 1, dim, BF16)
-    far = {n: strided_rows(args[n], PAST_INT32 // prompt + 8 & ~7) for n in NAMES}
+@pytest.mark.parametrize(
+    "lengths, heads, dim, names", [((4, 3, 1), 1, 64, NAMES), ((64, 50, 80), 8, 128, ("k", "v"))]
+)
+def test_offsets_past_32_bits(lengths, heads, dim, names):
+    """Rows that far apart: within a block of keys; between blocks only, and from a prefix to a segment's own."""
+    args = make_inputs(grouped(lengths), heads, 1, dim, BF16)
+    far = {n: strided_rows(args[n], PAST_INT32 // (lengths[0] + lengths[1] // 2) + 8 & ~7) for n in names}
     assert all(torch.equal(a, b) for a, b in zip(call(args | far), call(args), strict=True))
 
 
