@@ -1,5 +1,8 @@
 """hpsafety eval end to end on a tiny model. The bug this file must catch: a model's figures that stand under the base's
-name, or a benchmark that was not there and counts as 0."""
+name, or a benchmark that was not there and counts as 0.
+
+over 400 lines: one command end to end, and its tests share a run.
+"""
 
 import dataclasses
 import json
