@@ -76,7 +76,7 @@ def build_cuda(out: Path, folder: Path, jobs: int) -> bool:
         print(f"hpsafety: going without the CUDA kernels ({why}); the Triton kernels serve on a GPU")
         return False
     objects = [str(path) for path in cuda_objects(program, folder, jobs).values()]
-    record = folder / f"{out.name}.objects"
+    record = folder / f"{out.parent.name}.{out.name}.objects"
     if out.exists() and record.exists() and record.read_text() == "\n".join(objects):
         return True
     out.parent.mkdir(parents=True, exist_ok=True)

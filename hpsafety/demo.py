@@ -106,11 +106,12 @@ def distil(prompts: list[dict], cfg: DemoConfig, out: Path) -> None:
     ))  # fmt: skip
 
 
-def judge_both(cfg: DemoConfig, out: Path) -> dict:
-    """`hpsafety eval` of the last model beside the original one, on the held-out sets, greedy; its eval.json."""
+def judge_both(prompts: dict[str, list[dict]], cfg: DemoConfig, out: Path) -> dict:
+    """`hpsafety eval` of the last model beside the original one, on the held-out prompts, greedy; its eval.json."""
+    write_records(out / "data" / "heldout.jsonl", [row for part in prompts.values() for row in part])
     evaluate.run(EvalConfig(
-        model=str(out / "distill" / "model"), base=MODEL, data=tuple(str(demo_path(f"heldout_{n}")) for n in SETS),
-        out=str(out / "eval"), limit=cfg.eval_prompts, temperature=0.0, max_new_tokens=cfg.answer_tokens, seed=cfg.seed,
+        model=str(out / "distill" / "model"), base=MODEL, data=(str(out / "data" / "heldout.jsonl"),),
+        out=str(out / "eval"), temperature=0.0, max_new_tokens=cfg.answer_tokens, seed=cfg.seed,
         device=cfg.device, precision=cfg.precision, **{f"{name}_rm": path for name, path in judges(out).items()},
     ))  # fmt: skip
     return json.loads((out / "eval" / "eval.json").read_text(encoding="utf-8"))
@@ -194,7 +195,7 @@ def run(cfg: DemoConfig) -> None:
     result = {
         "model": MODEL, "config": asdict(cfg), "train_rows": len(train_rows), "prompts": len(asked),
         "ppo_prompts": len(practised),
-        "eval": judge_both(cfg, out),
+        "eval": judge_both(prompts, cfg, out),
         "distill": json.loads((out / "distill" / "report.json").read_text(encoding="utf-8")),
         "precision": why, "models": [asdict(m) for m in models],
         "judges": {k: json.loads((out / f"reward-{k}" / "report.json").read_text(encoding="utf-8")) for k in KINDS},

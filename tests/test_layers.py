@@ -12,7 +12,7 @@ LAYERS = [
     {"config_audit", "config_gatt", "config_ppo", "config_sampling", "config_scaling", "config_tools"},
     {"config_distill", "config_eval"},
     {"reference", "triton_kernels", "_C"},
-    {"cuda_kernels"},  # attention shares attention_tiles, which is torch's alone, with triton_kernels
+    {"cuda_kernels"},  # of triton_kernels it takes attention_tiles, which knows nothing of Triton
     {"ops"},
     {"model", "data"},
     {"train", "rollout"},

@@ -153,3 +153,25 @@ def _summed(chip: Chip, seconds: float, flops: float, moved: float) -> dict:
     peak = "flops" if compute > memory else "bandwidth"
     share = max(compute, memory) / seconds if seconds else 0.0
     return {"seconds": seconds, "share": round(share, 4), "peak": peak, "flops": flops, "bytes": moved}
+
+
+# Of an op whose main work is a BLAS product that static.json has no row of, nothing can be said.
+UNSEEN = {"linear_logprob"}
+MARGIN = 1.02  # a model's difference of less is none
+
+
+def cuda_first(rows: list[dict]) -> dict[tuple[str, int], float]:
+    """(op, major compute capability) -> how many times faster CUDA is than Triton at the least, by the model: those
+    where it is so by MARGIN in every call and at every model's shapes that both serve."""
+    ratios: dict[tuple[str, int], float] = {}
+    for chip in CHIPS:
+        times: dict[tuple, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
+        for row in predict(rows, chip):
+            if row["kernel"] is not None:
+                backend, _, op = row["op"].rpartition(" ")
+                times[op, row["function"], row["call"], row["shapes"]][backend or "triton"] += row["seconds"]
+        for (op, *_), seconds in times.items():
+            if len(seconds) == 2 and op not in UNSEEN:
+                key = (op, int(chip.arch[3:]) // 10)
+                ratios[key] = min(ratios.get(key, math.inf), seconds["triton"] / seconds["cuda"])
+    return {key: round(ratio, 3) for key, ratio in ratios.items() if ratio > MARGIN}

@@ -41,7 +41,7 @@ def attention(rows: list[dict]) -> str:
     ours = [
         (
             row["kernel"], row["arch"], _short(row["config"]), row["registers"], _spill(row), hot(row)["eq"],
-            hot(row)["non_mma_per_eq"], hot(row)["mufu_per_eq"], hot(row).get("ldsm", 0), _model(row),
+            hot(row)["non_mma_per_eq"], hot(row).get("mufu_per_eq", 0), hot(row).get("ldsm", 0), _model(row),
         )
         for row in rows if row["op"] in ("attention", "cuda attention") and row["whole"]["mma"]
     ]  # fmt: skip

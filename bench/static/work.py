@@ -183,6 +183,10 @@ KNOWN_SPILLS = {
     ("attention_forward", "sm_80"): (8, 0),
 }
 
+# The same of csrc/cuda: configuration and chip -> most bytes in a loop. This one finds work only where a number is not
+# finite; H100's attention is Triton's by default.
+CUDA_SPILLS = {("attention::attention_forward<128,true>", "sm_90"): 24}
+
 # Of a function's operations, the share that a kernel does, recomputation included: more than 1 together then. The
 # tensor-core kernels of a function that is not here, or that has other kernels by now, share equally.
 SHARES = {

@@ -355,6 +355,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_keys(Ke
         if (!Shape::held(m, c)) store16(shared + Shape::part(m, c), t.held[m][c]);
       }
   }
+  // Both meet at as many barriers: bar.sync counts warps, and asks of each only that its lanes come together.
   if (threadIdx.x >= Shape::HALF)
     add_blocks<true, DIM, SQUARES, Shape>(t, a, shared);
   else

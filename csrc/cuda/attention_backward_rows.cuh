@@ -33,7 +33,8 @@ template <int DIM, int WARPS, int SQUARES>
 struct RowsShape {
   static constexpr int THREADS = WARPS * 32, ROWS = WARPS * SQUARES * 16, KEYS = 64, STAGES = 2;
   static constexpr int TILE = KEYS * Row<DIM>::BYTES, STAGE = 2 * TILE;  // K, V
-  static constexpr int Q = 0, GRAD = ROWS * Row<DIM>::BYTES, FIRST = 2 * GRAD, WORK = FIRST + STAGES * STAGE;
+  static constexpr int Q = 0, GRAD = ROWS * Row<DIM>::BYTES, FIRST = 2 * GRAD, PLACES = FIRST + STAGES * STAGE;
+  static constexpr int WORK = PLACES + THREADS * 8;
   static constexpr int SHARED = WORK + static_cast<int>(sizeof(RowsWork));
 };
 
@@ -63,17 +64,15 @@ __device__ void find_span(RowsSpan& found, const RowsArguments& a, const QueryTi
   found = s;
 }
 
-struct KeysPlace {
+// A block of keys, in shared memory for each thread: registers are full.
+struct alignas(8) KeysPlace {
   int span, key;
-  bool there;
 };
-__device__ __forceinline__ KeysPlace next_place(const RowsSpan* spans, int span, int key, int block) {
-  key += block;
-  if (key >= spans[span].end) {
-    span = (span + 1) % SPANS;
-    key = spans[span].begin;
-  }
-  return {span, key, key < spans[span].end};
+// The one behind it; there is none if that is the end of its span.
+__device__ __forceinline__ KeysPlace next_place(const RowsSpan* spans, const KeysPlace& now, int block) {
+  if (now.key + block < spans[now.span].end) return {now.span, now.key + block};
+  int span = (now.span + 1) % SPANS;
+  return {span, spans[span].begin};
 }
 
 // Copies blocks of keys to stages, and goes on.
@@ -214,13 +213,17 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
       }
   }
 
-  int span = 0, key = spans[0].begin, stage = Shape::FIRST, other = Shape::FIRST + Shape::STAGE;
-  bool more = key < spans[0].end;
+  int stage = Shape::FIRST, other = Shape::FIRST + Shape::STAGE;
+  KeysPlace& place = reinterpret_cast<KeysPlace*>(shared + Shape::PLACES)[threadIdx.x];
+  place = {0, spans[0].begin};
+  bool more = spans[0].begin < spans[0].end;
   while (more) {
-    int rest = (spans[span].end - key) / Shape::KEYS - 1;
-    if (spans[span].row1 == 0 && rest > 0) {  // blocks that all rows see, if the next one is such a block too
-      key += rest * Shape::KEYS;
-      Loader loader(a, work.tile.kv_head, key - (rest - 1) * Shape::KEYS);
+    const int rest = (spans[place.span].end - place.key) / Shape::KEYS - 1;
+    if (spans[place.span].row1 == 0 && rest > 0) {  // blocks that all rows see, if the next one is such a block too
+      Loader loader(a, work.tile.kv_head, place.key + Shape::KEYS);
+      place.key += rest * Shape::KEYS;
+      int left = rest;
+#pragma unroll 1
       do {
         cp_async_wait<0>();
         __syncthreads();
@@ -231,16 +234,19 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
         int swap = stage;
         stage = other;
         other = swap;
-      } while (--rest);
+      } while (--left);
     }
     cp_async_wait<0>();
     __syncthreads();
-    const RowsSpan& s = spans[span];
-    KeysPlace next = next_place(spans, span, key, Shape::KEYS);
-    if (next.there) {
+    const RowsSpan& s = spans[place.span];
+    {
+      const KeysPlace now = place, next = next_place(spans, now, Shape::KEYS);
       const RowsSpan& n = spans[next.span];
-      Loader(a, work.tile.kv_head, next.key).template copy<false>(shared + other, a, n.end - next.key);
-      if (next.span != span && threadIdx.x == 0) find_span<Shape>(spans[(span + 2) % SPANS], a, work.tile, n.next);
+      if (next.key < n.end) {
+        Loader(a, work.tile.kv_head, next.key).template copy<false>(shared + other, a, n.end - next.key);
+        if (next.span != now.span && threadIdx.x == 0)
+          find_span<Shape>(spans[(now.span + 2) % SPANS], a, work.tile, n.next);
+      }
     }
     int sees[SQUARES][2];
 #pragma unroll
@@ -248,7 +254,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         int row = row_of_warp + m * 16 + half * 8 + static_cast<int>(threadIdx.x % 32) / 4;
-        int token = work.tile.first + (row >> log_pack);
+        int token = work.tile.first + (row >> log_pack), key = place.key;
         sees[m][half] = s.row1 == 0 ? s.end - key : token >= s.row0 && token < s.row1 ? token + 1 - key : 0;
       }
 #pragma unroll 1
@@ -257,9 +263,8 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_backward_rows(Ro
     int swap = stage;
     stage = other;
     other = swap;
-    span = next.span;
-    key = next.key;
-    more = next.there;
+    place = next_place(spans, place, Shape::KEYS);
+    more = place.key < spans[place.span].end;
   }
 
   // A warp's rows of the tile of Q have been read by itself alone.

@@ -47,6 +47,11 @@ __global__ void __launch_bounds__(PLAN)
   for (int64_t tile = first + threadIdx.x; tile < end; tile += PLAN) group_of_tile[tile] = tile < used ? group : -1;
 }
 
+template <int COUNT>
+struct alignas(4 * COUNT) Columns {  // of a lane: one load
+  float x[COUNT];
+};
+
 // A query head's splits, its prefix's first, under their common maximum, in order: a warp each, K / 32 columns a lane.
 template <int DIM>
 __global__ void __launch_bounds__(MERGE)
@@ -64,9 +69,9 @@ __global__ void __launch_bounds__(MERGE)
   for (int64_t i = 0; i < splits; i++) {
     float factor = exp2_fast(top[slot(i)] - most);  // all of them -inf: NaN, as softmax is
     sum = fmaf(factor, total[slot(i)], sum);
-    const float* from = out + slot(i) * DIM + column;
+    auto part = *reinterpret_cast<const Columns<EACH>*>(out + slot(i) * DIM + column);
 #pragma unroll
-    for (int j = 0; j < EACH; j++) value[j] = fmaf(factor, from[j], value[j]);
+    for (int j = 0; j < EACH; j++) value[j] = fmaf(factor, part.x[j], value[j]);
   }
   float share = splits ? __fdiv_rn(1.f, sum) : 0.f;
   auto* to = reinterpret_cast<uint32_t*>(y + query * DIM + column);

@@ -11,7 +11,6 @@ from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
 KEYS = {64: 96, 128: 128}  # of a tile, by head dim: attention_backward_keys_*.cu
 ROWS = 128  # of a tile: attention_backward_rows_*.cu
 MOST_PACKED = 16  # query heads of a kv head that are rows of one tile
-VIEWS = "pppp ll ll ll ll"  # grad, q, k, v and their strides
 
 
 def log_pack(ratio: int) -> int:
@@ -55,12 +54,12 @@ def attention_backward(grad, q, k, v, out, lse, segments, softmax_scale, determi
     views = (grad, q, k, v, *(stride for x in (grad, q, k, v) for stride in x.stride()[:2]))
     tables = key_tiles(segments, tokens, KEYS[dim])
     launch(
-        f"hps_attention_backward_keys_d{dim}", f"{VIEWS} pp ppp l liii d pp", *views, lse_of_rows, delta, segments,
-        tables.tiles, tables.parts, len(tables.tiles), *group, softmax_scale, dk, dv,
+        f"hps_attention_backward_keys_d{dim}", "pppp ll ll ll ll pp ppp l liii d pp", *views, lse_of_rows, delta,
+        segments, tables.tiles, tables.parts, len(tables.tiles), *group, softmax_scale, dk, dv,
     )  # fmt: skip
     tiles = query_tiles(segments, tokens, ROWS >> packed)
     launch(
-        f"hps_attention_backward_rows_d{dim}", f"{VIEWS} pp pp l liii d p", *views, lse_of_rows, delta, segments,
-        tiles, len(tiles), *group, softmax_scale, dq,
+        f"hps_attention_backward_rows_d{dim}", "pppp ll ll ll ll pp pp l liii d p", *views, lse_of_rows, delta,
+        segments, tiles, len(tiles), *group, softmax_scale, dq,
     )  # fmt: skip
     return dq, dk, dv

@@ -29,6 +29,7 @@ def ppo_loss(
     partials = logprobs.new_empty((PARTIALS, -(-n // BLOCK)), dtype=torch.float64)
     launch(
         "hps_ppo_loss", "ppppppp i p l ffff dd i p d pppp", *rows, bf16, mask.contiguous(), n, clip_ratio,
-        1 - clip_ratio, 1 + clip_ratio, value_clip, value_coef, entropy_coef, kind, count, num_tokens or 0.0, partials, loss, stats, grads,
+        1 - clip_ratio, 1 + clip_ratio, value_clip, value_coef, entropy_coef, kind, count, num_tokens or 0.0, partials,
+        loss, stats, grads,
     )  # fmt: skip
     return loss, stats, grads

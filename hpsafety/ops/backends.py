@@ -160,7 +160,7 @@ def cuda_unavailable(op: str, device: str, dtype: torch.dtype | None, head_dim: 
 
 # (op, major compute capability) where the CUDA kernels come before Triton's: by the model of time over both's machine
 # code (bench/static/predict.py), which tests/cuda/test_static.py holds this to, until bench/gpu_check.sh has measured.
-CUDA_FIRST: frozenset[tuple[str, int]] = frozenset()
+CUDA_FIRST = frozenset({("attention", 8), ("sample", 8), ("sample", 9)})
 
 
 def in_order(op: str, backends: tuple[str, ...], major: int | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ context the answer follows the bos (or eos) token.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -108,7 +109,7 @@ def _answer_lines(job: LineJob, model, tokens_per_batch: int, title: str) -> Non
     before, rows = len(job.done), job.rows()
     progress, started, lines, tokens = Progress(title, job.total, before), time.monotonic(), 0, 0
     try:
-        while window := [found for found, _ in zip(rows, range(WINDOW), strict=False)]:
+        while window := list(itertools.islice(rows, WINDOW)):
             groups = [encode_choices(model.tokenizer, row["text"], row["choices"]) for _, row in window]
             for indices in micro_batches(groups, tokens_per_batch):
                 chosen = [groups[i] for i in indices]

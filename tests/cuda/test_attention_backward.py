@@ -266,10 +266,23 @@ def recordings(dim):
     return calls
 
 
+def _sweep(*case):
+    return pytest.param(*case, marks=pytest.mark.sweep)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="checks the emulated kernels")
 @pytest.mark.parametrize("mode, seed", [("fibers", 1), ("fibers", 2), ("tsan", None), ("asan", None)])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["delta", "keys", "rows"])
-def test_replay(mode, seed, dim, kernel):
+@pytest.mark.parametrize(
+    "kernel, dim",
+    [
+        ("delta", 64),
+        ("keys", 128),
+        ("rows", 64),
+        _sweep("delta", 128),
+        _sweep("keys", 64),
+        _sweep("rows", 128),
+    ],
+)
+def test_replay(mode, seed, kernel, dim):
     """Other orders of threads and blocks, races, bounds, two writers: nothing is found, and the bytes are the same."""
     replay.run(recordings(dim)[("delta", "keys", "rows").index(kernel)], mode, seed)

@@ -215,11 +215,11 @@ def test_nothing_to_do():
 
 @pytest.mark.parametrize("stride", ["page", "slot", "head"])
 def test_offsets_past_2_31(stride):
-    """The last page, the last slot of a page, or the last kv head is past 2^31 elements of a storage that is hardly
+    """Half of the pages, the last slot of a page, or the last kv head is past 2^31 elements of a storage that is hardly
     touched; also by the way of single elements."""
     args = inputs([40, 5], 8, 2, 2, prefix=([20], [0, 0]))
     pages, size, kv_heads, dim = args["k_pages"].shape
-    step = {"page": 2**31 // (pages - 1), "slot": 2**31 // (size - 1), "head": 2**31}[stride] // 16 * 16 + 16
+    step = {"page": 2**31 // (pages // 2), "slot": 2**31 // (size - 1), "head": 2**31}[stride] // 16 * 16 + 16
     strides = {"page": (step, 128, 64, 1), "slot": (64, step, 4096, 1), "head": (512, 64, step, 1)}[stride]
     elements = sum((n - 1) * s for n, s in zip((pages, size, kv_heads), strides, strict=False)) + dim
     far = lazy_zeros(elements + 1, BF16).to(DEVICE)
@@ -325,6 +325,9 @@ def test_drawn_shapes(seed):
 @pytest.mark.parametrize("mode, seed", [("fibers", 1), ("fibers", 2), ("tsan", None), ("asan", None)])
 def test_replay(mode, seed, launch):
     """Other orders of threads and blocks, races, bounds, two writers: nothing is found, and the bytes are the same."""
+    args = inputs([200, 3], 16, 17, 1, prefix=([5, 4 * KEYS - 9], [1, 1]))  # stages are used again
+    if launch == 0:  # as are the counts of warps
+        args = inputs([1] * 300, 16, 1, 1, prefix=([1, 2], [i % 3 // 2 for i in range(300)]))
     with replay.recorded() as calls:
-        attend(**inputs([200, 3], 16, 17, 1, prefix=([130, 70], [1, 1])))
+        attend(**args)
     replay.run(calls[launch], mode, seed)

@@ -26,12 +26,19 @@ def run(args, grads=GRADS, **kwargs):
     return run_with_grads(ops.ppo_loss, place(args), grads=grads, impl="cuda", **kwargs)
 
 
+def make_summable(n, dtype=torch.float32, seed=0, **kwargs):
+    """make_inputs with advantages around 1: a sum over many tokens is then no difference of large numbers, in which
+    every backend's rounding of exp is luck."""
+    args = make_inputs(n, dtype, seed, **kwargs)
+    return args | {"advantages": (args["advantages"].float() + 1).to(dtype)}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 300, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 12])
 def test_matches_oracle(dtype, entropy, n):
     """KER-2: every field and gradient against fp64 around a thread's words, a warp and a block."""
-    args = make_inputs(n, dtype, entropy=entropy)
+    args = make_summable(n, dtype, entropy=entropy)
     out = check_cuda("ppo_loss", ops.ppo_loss, args, entropy_coef=0.02 if entropy else 0.0)
     assert all(out[f"out{i}"].dtype == torch.float32 and out[f"out{i}"].dim() == 0 for i in range(6))
     assert {k for k in out if k.startswith("grad")} == {f"grad_{k}" for k in GRADS[: 2 + entropy]}
@@ -41,7 +48,7 @@ def check_drawn(seed):
     g = torch.Generator().manual_seed(100 + seed)
     unit = torch.rand(6, generator=g).tolist()
     n = int(torch.randint(0, 3 * BLOCK, (), generator=g))
-    args = make_inputs(n, torch.float32, seed, spread=unit[0], masked=unit[1])
+    args = make_summable(n, torch.float32, seed, spread=unit[0], masked=unit[1])
     for i, name in enumerate(k for k in NAMES if k != "mask"):  # a mix of storage types
         args[name] = args[name].bfloat16() if seed >> i & 1 else args[name]
     names = ("clip_ratio", "value_clip", "value_coef", "entropy_coef")
@@ -68,7 +75,7 @@ def test_drawn_settings(seed):
 
 def test_more_blocks_than_threads_add_them_up():
     """A block of more than one partial sum for some of the last launch's threads."""
-    check_cuda("ppo_loss", ops.ppo_loss, make_inputs((SUM_THREADS + 3) * BLOCK + 5, entropy=False))
+    check_cuda("ppo_loss", ops.ppo_loss, make_summable((SUM_THREADS + 3) * BLOCK + 5, entropy=False))
 
 
 @pytest.mark.parametrize("advantage, side", [(1.0, 1), (-1.0, -1), (0.0, 1), (2.0, 0)])

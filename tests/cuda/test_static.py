@@ -4,8 +4,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.static import check, cuda, record
+from bench.static import check, cuda, predict, record
 from bench.static.cases import LLAMA
+from hpsafety.ops import backends
 
 ROWS = [row for row in record.read() if row["op"].startswith(cuda.PREFIX)]
 
@@ -55,3 +56,8 @@ def test_launches_at_the_models_shapes(op):
         assert all(threads % 32 == 0 and 32 <= threads <= 1024 for *_, threads, _, _ in found)
         if op == "reward_score":
             assert max(sum(one[1] == call for one in found) for call in (0, 1)) == 2
+
+
+def test_cuda_comes_first_where_the_model_of_time_says_so():
+    """The list of hpsafety/ops/backends.py is what the figures on record give, no more and no less."""
+    assert {*predict.cuda_first(record.read())} == backends.CUDA_FIRST
