@@ -99,7 +99,7 @@ def read_counts(record: dict) -> Counts:
 
 def language_of(text: str, identify: Identify) -> str:
     """The language of a document's first HEAD characters; unknown below the probability LEAST (AUD-5)."""
-    language, probability = identify(text[:HEAD])
+    language, probability = identify(text.lstrip()[:HEAD])
     return language if probability >= LEAST else UNKNOWN
 
 

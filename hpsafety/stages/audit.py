@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import time
+from pathlib import Path
 
 from hpsafety.data.corpus import corpus_files
 from hpsafety.errors import InputError
@@ -27,6 +28,7 @@ from hpsafety.safety.audit_terms import list_hashes
 from hpsafety.safety.toxicity import INSTALL, load_classifier
 from hpsafety.train import stage
 from hpsafety.train.metrics import peak_rss_mb, say
+from hpsafety.train.rundir import tree_hashes
 
 OUTPUTS = ("audit.json", "report.html", "toxicity.jsonl", FAULTS)
 MB_PER_WORKER = 4  # a process takes a second to start, and counts about as much in it
@@ -54,7 +56,9 @@ def _run(cfg, world) -> None:
         raise InputError(f"an audit needs the package {error.name}: {INSTALL}") from None
     size = sum(path.stat().st_size for path in files) / 1e6
     say(f"audit: checksums of {len(files)} files, {size:,.1f} MB")
-    out = stage.run_directory(cfg, "audit", files, world, list_hashes())
+    classifier = Path(cfg.classifier)
+    model = tree_hashes(classifier) if classifier.is_dir() else {}
+    out = stage.run_directory(cfg, "audit", files, world, list_hashes() | model)
     if out is None:
         return
     made = not out.path.exists()
