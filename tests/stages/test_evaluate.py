@@ -287,6 +287,7 @@ def test_bad_input(long_models, judges, files, tmp_path, model_dir):
         ({"crows_pairs": str(tmp_path / "broken.jsonl")}, r"broken.jsonl:1: expected sent_more, sent_less"),
         ({"bbq": (files["bbq"], files["bbq"])}, "share an id"),
         ({"judge": "nowhere:f"}, "--judge nowhere:f"), ({"judge": "fair"}, "--judge must be rule or MODULE:FUNCTION"),
+        ({"classifier": str(tmp_path)}, "--classifier"),
         ({"top_p": 0.0}, "--top-p"), ({"temperature": -1.0}, "--temperature"), ({"limit": 0}, "--limit"),
         ({"data": ()}, "give --data"), ({"base": ""}, "--base"),
     ):  # fmt: skip
