@@ -32,10 +32,11 @@ from hpsafety.safety.eval_metrics import Column, metrics
 from hpsafety.safety.eval_page import show_table, write_page
 from hpsafety.safety.intervals import wilson
 from hpsafety.safety.ratings import Ratings, read_ratings
+from hpsafety.safety.toxicity import BUILT_IN, load_classifier
 from hpsafety.safety.violation import load_judge, response_id, set_of
 from hpsafety.train import distributed, precision, stage
 from hpsafety.train.metrics import say
-from hpsafety.train.rundir import RunDir, input_hashes, model_hashes
+from hpsafety.train.rundir import RunDir, input_hashes, model_hashes, tree_hashes
 
 MODELS = ("model", "base", "safety_rm", "helpful_rm", "truth_judge", "info_judge")
 SHOWN = ("model", "base", "safety_rm", "helpful_rm", "judge", "truth_judge", "info_judge", "temperature", "top_p",
@@ -54,10 +55,14 @@ def _run(cfg, world) -> None:
     prompts = read_prompts(cfg)
     if cfg.judge != "rule":
         load_judge(cfg.judge)
+    if cfg.classifier != BUILT_IN:  # the built-in one may be missing; one that was asked for may not
+        load_classifier(cfg.classifier, cfg.toxic_label)
     given = {name: getattr(cfg, name) for name in MODELS}
     hashes = model_hashes({name: path for name, path in given.items() if path not in (None, "overlap")})
     # Ratings come after the answers: they are no part of what makes an evaluation another one.
     inputs = input_hashes([*cfg.data, *found.files]) | hashes
+    if Path(cfg.classifier).is_dir():
+        inputs |= tree_hashes(Path(cfg.classifier))
     out = RunDir(cfg.out, "eval", dataclasses.replace(cfg, ratings=()), inputs, world)
     if out.complete and not cfg.ratings:
         if world.is_main:
@@ -173,8 +178,6 @@ def benchmark_columns(
 
 def load_toxicity(cfg):
     """(name, function from texts to p(toxic)) of the classifier; (why not, None) where it is not installed."""
-    from hpsafety.safety.toxicity import load_classifier
-
     try:
         found = load_classifier(cfg.classifier, cfg.toxic_label)
     except ModuleNotFoundError as error:

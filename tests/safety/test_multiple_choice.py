@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from hpsafety.data.groups import PromptGroup, pack
+from hpsafety.data.records import iter_json_lines, write_records
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model
+from hpsafety.safety import multiple_choice
 from hpsafety.safety.continuation import first_line, line_breaks
-from hpsafety.safety.multiple_choice import choice_logprobs, encode_choices
+from hpsafety.safety.multiple_choice import ChoiceSettings, answer_file, choice_logprobs, encode_choices
+from hpsafety.train import stage
 from tests.stages.conftest import model_dir
 from tests.tiny import random_groups, tiny_model
 
@@ -92,3 +95,23 @@ def test_lines(model_dir):
     tokenizer = load_model(model_dir).tokenizer
     assert line_breaks(tokenizer) == {tokenizer.encode_plain("\n")[0]}
     assert first_line("  one\ntwo") == "one" and first_line("\nx") == "" and first_line(" a ") == "a"
+
+
+def test_no_item_falls_between_two_windows(model_dir, tmp_path, monkeypatch):
+    """The job's lines are those of any size of its window."""
+    rows = [{"id": str(i), "text": f"a{i}", "choices": ["b", "cc"]} for i in range(7)]
+    write_records(tmp_path / "items.jsonl", rows)
+    found = {}
+    for size in (256, 2, 3):
+        monkeypatch.setattr(multiple_choice, "WINDOW", size)
+        out = tmp_path / f"{size}.jsonl"
+        settings = ChoiceSettings(
+            model=model_dir, out=str(out), precision="fp32", tokens_per_batch=64, resume=True
+        )
+        with stage.ranks("cpu") as world:
+            answer_file(settings, str(tmp_path / "items.jsonl"), world, "choices")
+        found[size] = [row for _, row in iter_json_lines(out)]
+        assert [row["id"] for row in found[size]] == [str(i) for i in range(7)]
+    logs = [[row["logprobs"] for row in found[size]] for size in (256, 2, 3)]
+    for other in logs[1:]:
+        assert logs[0] == [pytest.approx(row, abs=1e-4) for row in other]

@@ -16,13 +16,12 @@ from hpsafety.config_eval import BENCHMARKS
 from hpsafety.data.records import iter_json_lines, iter_records, write_records
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model, save_model
-from hpsafety.safety import eval_jobs, multiple_choice
+from hpsafety.safety import eval_jobs
 from hpsafety.safety.benchmarks import truthfulqa
 from hpsafety.safety.eval_page import cell, change_cell, grouped, show_table, write_page
 from hpsafety.safety.multiple_choice import choice_logprobs, encode_choices
 from hpsafety.safety.violation import response_id, violates_rule
 from hpsafety.stages import evaluate
-from hpsafety.train import stage
 from tests.safety.test_benchmarks import bbq_row
 from tests.stages.conftest import write_tokenizer
 from tests.stages.interrupt import stop_at
@@ -239,25 +238,6 @@ def test_interrupted_it_goes_on_to_the_same_bytes(long_models, judges, files, tm
         evaluate.run(dataclasses.replace(one, temperature=0.5))
 
 
-def test_items_beyond_one_window(long_models, files, tmp_path, monkeypatch):
-    """No item falls between two windows of the log-probability job."""
-    found = {}
-    for size in (256, 2, 3):
-        monkeypatch.setattr(multiple_choice, "WINDOW", size)
-        settings = eval_jobs.choosing(
-            EvalConfig(model="-", out="-", data=("-",)), long_models["tuned"], tmp_path / f"{size}.jsonl"
-        )
-        rows = [{"id": str(i), "text": f"a{i}", "choices": ["b", "cc"]} for i in range(7)]
-        write_records(tmp_path / "items.jsonl", rows)
-        with stage.ranks("cpu") as world:
-            multiple_choice.answer_file(
-                dataclasses.replace(settings, precision="fp32"), str(tmp_path / "items.jsonl"), world, "t"
-            )
-        found[size] = [row for _, row in iter_json_lines(tmp_path / f"{size}.jsonl")]
-        assert [row["id"] for row in found[size]] == [str(i) for i in range(7)]
-    assert found[2] == found[3] == found[256]
-
-
 def test_a_missing_file_is_not_measured(long_models, judges, files, tmp_path, capsys):
     """Said with where it is to be had; null in eval.json, "not measured" in the page and nowhere 0; exit code 0."""
     gone = {name: None if name in ("truthfulqa", "crows_pairs") else () for name in BENCHMARKS}
@@ -310,6 +290,7 @@ def test_bad_input(long_models, judges, files, tmp_path, model_dir):
         ({"crows_pairs": str(tmp_path / "broken.jsonl")}, r"broken.jsonl:1: expected sent_more, sent_less"),
         ({"bbq": (files["bbq"], files["bbq"])}, "share an id"),
         ({"judge": "nowhere:f"}, "--judge nowhere:f"), ({"judge": "fair"}, "--judge must be rule or MODULE:FUNCTION"),
+        ({"classifier": str(tmp_path)}, "--classifier"),
         ({"top_p": 0.0}, "--top-p"), ({"temperature": -1.0}, "--temperature"), ({"limit": 0}, "--limit"),
         ({"data": ()}, "give --data"), ({"base": ""}, "--base"),
     ):  # fmt: skip
