@@ -92,10 +92,13 @@ def launches(op: str, shapes: cases.Shapes) -> list[tuple[str, int, str, int, in
                 letters = one.signature.replace(" ", "")
                 launcher.argtypes = [*(library.C_TYPES[letter] for letter in letters), ctypes.c_void_p]
                 opened.simt_dry(1)
-                code = launcher(*raw, None)
+                try:
+                    code = launcher(*raw, None)
+                    lines = opened.simt_launched().decode().splitlines()
+                finally:
+                    opened.simt_dry(0)  # it may be the library that others run kernels on
                 if code:
                     raise RuntimeError(f"{op}: {one.name} refuses a case, {code}")
-                lines = opened.simt_launched().decode().splitlines()
                 for line in lines:
                     kernel, blocks, threads, shared = line.rsplit("|", 3)
                     row = (kernel_name(kernel), int(blocks), int(threads), int(shared), moved // len(lines))
@@ -197,7 +200,7 @@ def rows(names: list[str], jobs: int = 2) -> list[dict]:
                     threads, shared = sizes.get(kernel) or max(alike, default=(32, 0))
                     head = {
                         "op": PREFIX + op,
-                        "kernel": kernel.partition("<")[0],
+                        "kernel": base.rpartition("::")[2],
                         "arch": name,
                         "config": kernel,
                     }

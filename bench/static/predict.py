@@ -20,6 +20,9 @@ from bench.static.work import PARTIAL, SHARES, idle, work
 LAUNCH = 3e-6  # seconds from start to end of an empty kernel in a queue
 LATENCY = 0.6e-6  # seconds of a load from memory under load
 DRAM_SHARE = 0.92
+UNSEEN = {
+    "cuda linear_logprob"
+}  # whose main work is a product of the BLAS, of which there is no row: no prediction
 TENSOR_SHARE = 0.75  # what FlashAttention-2 and -3 report of an A100's and an H100's peak: 73 and 75 %
 
 
@@ -123,7 +126,7 @@ def predict(rows: list[dict], chip: Chip, sizes: list[str] | None = None) -> lis
         launches = groups[op, function, call, size]
         if sizes and size not in sizes:
             continue
-        needed = work(function, shapes[size], call)
+        needed = None if op in UNSEEN else work(function, shapes[size], call)
         shares = _shares(function, launches)
         # operands behind a table of addresses are not seen in the launch: their bytes go to where the programs are
         seen = sum(moved * times for _, _, moved, times in launches)
@@ -155,8 +158,6 @@ def _summed(chip: Chip, seconds: float, flops: float, moved: float) -> dict:
     return {"seconds": seconds, "share": round(share, 4), "peak": peak, "flops": flops, "bytes": moved}
 
 
-# Of an op whose main work is a BLAS product that static.json has no row of, nothing can be said.
-UNSEEN = {"linear_logprob"}
 MARGIN = 1.02  # a model's difference of less is none
 
 
@@ -171,7 +172,7 @@ def cuda_first(rows: list[dict]) -> dict[tuple[str, int], float]:
                 backend, _, op = row["op"].rpartition(" ")
                 times[op, row["function"], row["call"], row["shapes"]][backend or "triton"] += row["seconds"]
         for (op, *_), seconds in times.items():
-            if len(seconds) == 2 and op not in UNSEEN:
+            if len(seconds) == 2 and f"cuda {op}" not in UNSEEN:
                 key = (op, int(chip.arch[3:]) // 10)
                 ratios[key] = min(ratios.get(key, math.inf), seconds["triton"] / seconds["cuda"])
     return {key: round(ratio, 3) for key, ratio in ratios.items() if ratio > MARGIN}

@@ -44,7 +44,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(
         contenders.backends,
         "unavailable",
-        lambda op, impl, have, device: None if impl == "cpu" else "not here",
+        lambda op, impl, have, device, *_: None if impl == "cpu" else "not here",
     )
     return module
 

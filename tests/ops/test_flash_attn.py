@@ -235,6 +235,7 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(flash_attn_backend, "missing", lambda op: None)
     assert backends.resolve("attention", None, BACKENDS, "cuda", torch.bfloat16) == "triton"
     monkeypatch.setattr(backends, "triton_unavailable", lambda op, device: "no triton")
+    monkeypatch.setattr(backends, "cuda_unavailable", lambda *_: "no cuda")
     for dtype, serving in ((torch.bfloat16, "flash_attn"), (torch.float32, "reference")):
         assert backends.resolve("attention", None, BACKENDS, "cuda", dtype) == serving
     assert backends.resolve("attention", None, BACKENDS, "cpu", torch.bfloat16) == "cpu"
