@@ -44,12 +44,12 @@ test-kernels: $(VENV)/.built $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 -m "sweep or not slow" tests/triton tests/cuda $(ARGS)
 
 test-cuda: $(VENV)/.built $(VENV)/.test
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not sweep" tests/cuda $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not sweep" tests/cuda $(ARGS)
 
 # make test has interpreted and audited the kernels already; here is what it leaves out.
 test-ladder: $(VENV)/.built $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/triton $(ARGS)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not sweep" tests/cuda $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not sweep" tests/cuda $(ARGS)
 	@$(PY) -m bench.static --check
 	@OMP_NUM_THREADS=1 $(PY) -m tests.mutations.run --only triton cuda --fifth $(FIFTH)
 

@@ -47,3 +47,10 @@ def cuda_library() -> Path:
 @pytest.fixture(autouse=True)
 def cuda_backend(cuda_library, monkeypatch):
     monkeypatch.setenv("HPSAFETY_CUDA_LIBRARY", str(cuda_library))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Sanitizers take most of the time here: `make test` leaves them to `make test-cuda`, which CI runs in the ladder."""
+    for item in items:
+        if "tests/cuda" in item.path.as_posix() and "replay" in item.name:
+            item.add_marker(pytest.mark.replay)

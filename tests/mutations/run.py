@@ -31,6 +31,7 @@ def run_tests(mutant: Mutant, library: Path) -> dict:
     report.unlink(missing_ok=True)
     extra = {"HPSAFETY_MUTANT": str(library), "HPSAFETY_MUTANT_REPORT": str(report)}
     plugin = ["-p", "tests.mutations.plugin", "-p", "no:cacheprovider"]
+    plugin += ["-m", "not slow and not sweep"] if mutant.is_cuda else []  # with the sanitizers
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-x", "-q", *plugin, *mutant.tests],
         cwd=ROOT,
