@@ -50,7 +50,7 @@ def cuda_backend(cuda_library, monkeypatch):
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Sanitizers take most of the time here: `make test` leaves them to `make test-cuda`, which CI runs in the ladder."""
+    """Sanitizers take most of the time: `make test` leaves them to `make test-cuda`, which the ladder runs too."""
     for item in items:
         if "tests/cuda" in item.path.as_posix() and "replay" in item.name:
             item.add_marker(pytest.mark.replay)
