@@ -21,6 +21,7 @@ from tests.mutations.mutants import FOLDER, ROOT, Mutant, control, load
 
 RESULTS = ROOT / "build" / "mutations.json"
 LIMIT_S = 120
+CUDA_LIMIT_S = 400  # a mutant's sanitizer programs are compiled within
 SIMT_DIED = 97  # how csrc/simt ends a process: a deadlock, a barrier reached from two lines
 GOOD = {"killed", "crashed", "hung", "equivalent", "passed"}
 
@@ -42,7 +43,7 @@ def run_tests(mutant: Mutant, library: Path) -> dict:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=LIMIT_S)
+        output, _ = process.communicate(timeout=CUDA_LIMIT_S if mutant.is_cuda else LIMIT_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
