@@ -28,7 +28,8 @@ def refuses(dtype: torch.dtype | None, head_dim: int | None) -> str | None:
 def in_chunks(x):
     """x (T, heads, K), or a copy whose rows are read in whole 16-byte chunks."""
     whole = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
-    return x if whole and (isinstance(x, FakeTensor) or x.data_ptr() % 16 == 0) else x.contiguous()
+    at = x.storage_offset() * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
+    return x if whole and at % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def resident_blocks(device: torch.device) -> int:

@@ -5,6 +5,7 @@ same bits at every run, whatever else is in the batch. A NaN of a row also reach
 share its tile.
 """
 
+from hpsafety.cuda_kernels.attention import in_chunks
 from hpsafety.cuda_kernels.library import launch
 from hpsafety.triton_kernels.attention_tiles import key_tiles, query_tiles
 
@@ -18,39 +19,22 @@ def log_pack(ratio: int) -> int:
     return min(ratio & -ratio, MOST_PACKED).bit_length() - 1
 
 
-def words(x):
-    """The tensor, or a copy whose rows begin at multiples of 16 bytes and are dense."""
-    fits = x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.storage_offset() % 8 == 0
-    return x if fits else x.contiguous().clone()
-
-
 def attention_backward(grad, q, k, v, out, lse, segments, softmax_scale, deterministic):
     """(dq, dk, dv); deterministic always. bf16, head dim 64 or 128."""
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     if not tokens or not segments.shape[0]:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    grad, q, k, v, out = map(words, (grad, q, k, v, out.contiguous()))
+    grad, q, k, v, out = map(in_chunks, (grad, q, k, v, out.contiguous()))
     lse, segments = lse.contiguous(), segments.contiguous()
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    lse_of_rows, delta = (
-        lse.new_empty(lse.shape),
-        lse.new_empty(lse.shape),
-    )  # in the order of the blocks' rows
+    # In the order of the blocks' rows.
+    lse_of_rows, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     packed = log_pack(heads // kv_heads)
     group = (tokens, kv_heads, heads // kv_heads >> packed, packed)
     launch(
-        "hps_attention_delta",
-        "ppp ll liii i pp",
-        grad,
-        out,
-        lse,
-        *grad.stride()[:2],
-        *group,
-        dim,
-        lse_of_rows,
-        delta,
-    )
+        "hps_attention_delta", "ppp ll liii i pp", grad, out, lse, *grad.stride()[:2], *group, dim, lse_of_rows, delta,
+    )  # fmt: skip
     views = (grad, q, k, v, *(stride for x in (grad, q, k, v) for stride in x.stride()[:2]))
     tables = key_tiles(segments, tokens, KEYS[dim])
     launch(

@@ -218,7 +218,8 @@ def test_scores_of_minus_infinity():
 
 
 def test_views():
-    """q, k and v as views of one buffer; at an address that is not 16-byte aligned; with a strided last dim."""
+    """q, k and v as views of one buffer; at an address that is not 16-byte aligned, dense or not; with a strided last
+    dim."""
     args = make_inputs(grouped((10, 17, 3)), 3, 1, 64, BF16)
     expected = call(args)
     buffer = torch.cat([args["q"], args["k"], args["v"]], dim=1)
@@ -226,7 +227,8 @@ def test_views():
     shifted = {n: torch.nn.functional.pad(args[n], (3, 2))[..., 3:67] for n in NAMES}
     apart = {n: torch.stack([args[n], args[n]], -1)[..., 0] for n in NAMES}
     assert forward.in_chunks(views["k"]) is views["k"] and forward.in_chunks(shifted["k"]).is_contiguous()
-    for other in (views, shifted, apart):
+    dense = {n: torch.cat([args[n].flatten()[:1], args[n].flatten()])[1:].view_as(args[n]) for n in NAMES}
+    for other in (views, shifted, dense, apart):
         found = call(other | {"segments": args["segments"]})
         assert found[0].is_contiguous() and all(
             torch.equal(a, b) for a, b in zip(found, expected, strict=True)
