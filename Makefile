@@ -49,7 +49,7 @@ test-cuda: $(VENV)/.built $(VENV)/.test
 # make test has interpreted and audited the kernels already; here is what it leaves out.
 test-ladder: $(VENV)/.built $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/triton $(ARGS)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not sweep" tests/cuda $(ARGS)
+	@$(MAKE) test-cuda
 	@$(PY) -m bench.static --check
 	@OMP_NUM_THREADS=1 $(PY) -m tests.mutations.run --only triton cuda --fifth $(FIFTH)
 

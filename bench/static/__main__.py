@@ -21,15 +21,12 @@ def gather_cuda(names: list[str]) -> list[dict]:
     """Rows of CUDA ops now; those of the file where there is no nvcc, if they are of these sources."""
     from bench.static import cuda
 
-    if cuda.setup().nvcc() is not None:
+    if cuda.load_setup().nvcc() is not None:
         return cuda.rows(names)
     if names:
         say("no nvcc here: the CUDA kernels' rows are taken as they stand in static.json")
-    return [
-        row
-        for row in record.read()
-        if row["op"].removeprefix(cuda.PREFIX) in names and row["op"] not in names
-    ]
+    wanted = {cuda.PREFIX + name for name in names}
+    return [row for row in record.read() if row["op"] in wanted]
 
 
 def gather(names: list[str], everything: bool) -> tuple[list[dict], dict]:

@@ -31,12 +31,20 @@ def name(row: dict) -> str:
     return f"{row['op']}: {row['kernel']} on {row['arch']} ({row['config']})"
 
 
+def _too_much_shared(row: dict) -> list[str]:
+    most = sass.LIMITS[int(row["arch"][3:])][3]
+    return (
+        [f"{row['shared']} bytes of shared memory, a block has {most} at most"]
+        if row["shared"] > most
+        else []
+    )
+
+
 def faults(row: dict, declared: tuple[int, int] | None, dots: bool) -> list[str]:
     """What is wrong with a row by itself. declared: the op's SHARED_BYTES; dots: the kernel's text has a tl.dot."""
     if "error" in row:
         return [f"{name(row)}: does not compile: {row['error']}"]
     out, arch = [], int(row["arch"][3:])
-    most = sass.LIMITS[arch][3]
     spills = row["loop_spill"], hot(row).get("spill", 0)
     known = KNOWN_SPILLS.get((row["kernel"], row["arch"]), (0, 0))
     if any(a > b for a, b in zip(spills, known, strict=True)) and not (
@@ -45,8 +53,7 @@ def faults(row: dict, declared: tuple[int, int] | None, dots: bool) -> list[str]
         out.append(
             f"a loop spills {spills[0]} bytes, the hot loop {spills[1]}; known are {known[0]} and {known[1]}"
         )
-    if row["shared"] > most:
-        out.append(f"{row['shared']} bytes of shared memory, a block has {most} at most")
+    out += _too_much_shared(row)
     if declared is None:
         out.append(f"triton_kernels/{row['op']}.py does not say its SHARED_BYTES")
     elif row["shared"] > declared[arch >= 90]:
@@ -58,13 +65,10 @@ def faults(row: dict, declared: tuple[int, int] | None, dots: bool) -> list[str]
 
 def cuda_faults(row: dict) -> list[str]:
     """The same of a CUDA kernel's row: nothing may spill in a loop but what CUDA_SPILLS names."""
-    out = []
-    arch = int(row["arch"].removeprefix("sm_"))
+    out = _too_much_shared(row)
     spilled = max(row["loop_spill"], hot(row).get("spill", 0))
     if spilled > CUDA_SPILLS.get((row["config"], row["arch"]), 0):
         out.append(f"a loop spills {spilled} bytes")
-    if row["shared"] > sass.LIMITS[arch][3]:
-        out.append(f"{row['shared']} bytes of shared memory, a block has {sass.LIMITS[arch][3]} at most")
     return [f"{name(row)}: {line}" for line in out]
 
 

@@ -4,16 +4,16 @@ What is launched, with how many threads and how much shared memory, comes from t
 library's, called with the cases of bench/static/cases and told to run nothing.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib
-import importlib.util
+import inspect
 import os
 import re
 import subprocess
-import types
 from pathlib import Path
 from unittest import mock
 
@@ -24,21 +24,15 @@ from bench.static import cases, sass
 from bench.static.record import compact_row
 from hpsafety.cuda_kernels import library
 from tests.cuda import emulation
+from tests.mutations.build import load_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "cuda"
 PREFIX = "cuda "  # of the op's name in a row
 ARCHS = {"80": "sm_80", "90a": "sm_90"}  # of setup.py, and of a row
 TOOLS = ("library.cu",)
+TRITON = "hpsafety.triton_kernels."
 ADDRESS = 1 << 20  # of every tensor of a launch that is not run
-
-
-@functools.cache
-def setup() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("hpsafety_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def ops() -> list[str]:
@@ -62,14 +56,11 @@ def kernel_name(text: str) -> str:
     return out.replace(" ", "").lstrip("&")
 
 
-def _emulated() -> Path:
-    return emulation.make_library()
-
-
 def launches(op: str, shapes: cases.Shapes) -> list[tuple[str, int, str, int, int, int, int]]:
     """(function, its call, kernel, blocks, threads, shared bytes, bytes of the launcher's tensors), in order."""
     case = importlib.import_module(f"bench.static.cases.{op}")
-    opened = ctypes.CDLL(str(_emulated()))
+    emulated = emulation.make_library()
+    opened = ctypes.CDLL(str(emulated))
     opened.simt_launched.restype = ctypes.c_char_p
     out, counts = [], {}
 
@@ -88,12 +79,9 @@ def launches(op: str, shapes: cases.Shapes) -> list[tuple[str, int, str, int, in
                     x.untyped_storage()._cdata: x for x in one.arguments if isinstance(x, torch.Tensor)
                 }
                 moved = sum(x.numel() * x.itemsize for x in tensors.values())
-                launcher = getattr(opened, one.name)
-                letters = one.signature.replace(" ", "")
-                launcher.argtypes = [*(library.C_TYPES[letter] for letter in letters), ctypes.c_void_p]
                 opened.simt_dry(1)
                 try:
-                    code = launcher(*raw, None)
+                    code = library.launcher(emulated, one.name, one.signature)(*raw, None)
                     lines = opened.simt_launched().decode().splitlines()
                 finally:
                     opened.simt_dry(0)  # it may be the library that others run kernels on
@@ -111,42 +99,33 @@ def launches(op: str, shapes: cases.Shapes) -> list[tuple[str, int, str, int, in
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     with contextlib.ExitStack() as stack:
-        environment = {"HPSAFETY_CUDA_LIBRARY": str(_emulated())}
-        stack.enter_context(mock.patch.dict(os.environ, environment))
-        for module in [value for value in vars(case).values() if isinstance(value, types.ModuleType)]:
-            own = module.__name__.rpartition(".")[2]
-            if module.__name__.startswith("hpsafety.triton_kernels.") and own in ops_and_backward(op):
-                ours = importlib.import_module(f"hpsafety.cuda_kernels.{own}")
-                if hasattr(
-                    ours, "product"
-                ):  # a GEMM of the BLAS: no kernel of ours, and fake CUDA tensors lack it
-                    stack.enter_context(mock.patch.object(ours, "product", lambda *args: None))
-                for name, value in vars(ours).items():
-                    if (
-                        isinstance(value, types.FunctionType)
-                        and hasattr(module, name)
-                        and not name.startswith("_")
-                    ):
-                        if value.__module__ == ours.__name__:
-                            stack.enter_context(mock.patch.object(module, name, made(value, name)))
+        stack.enter_context(mock.patch.dict(os.environ, {"HPSAFETY_CUDA_LIBRARY": str(emulated)}))
+        for module in filter(inspect.ismodule, [*vars(case).values()]):
+            if module.__name__ not in (f"{TRITON}{op}", f"{TRITON}{op}_backward"):
+                continue
+            ours = importlib.import_module(module.__name__.replace(TRITON, "hpsafety.cuda_kernels."))
+            # A GEMM of the BLAS is no kernel of ours, and fake CUDA tensors lack it.
+            if hasattr(ours, "product"):
+                stack.enter_context(mock.patch.object(ours, "product", lambda *args: None))
+            for name, function in inspect.getmembers(ours, inspect.isfunction):
+                own = function.__module__ == ours.__name__ and not name.startswith("_")
+                if own and hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, made(function, name)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         case.run(shapes, empty)
     return out
 
 
-def ops_and_backward(op: str) -> set[str]:
-    return {op, f"{op}_backward"}
-
-
 def content(source: Path) -> str:
     """Of all that a file's machine code is made from, the compiler's version apart."""
-    texts = [part for pair in setup().cuda_texts(source).items() for part in pair]
-    return hashlib.sha256("\0".join([*setup().CUDA_FLAGS, source.name, *texts]).encode()).hexdigest()[:16]
+    texts = [part for pair in load_setup().cuda_texts(source).items() for part in pair]
+    whole = "\0".join([*load_setup().CUDA_FLAGS, source.name, *texts])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def sources(op: str) -> list[Path]:
     """The .cu files of an op: <op>.cu, <op>_<part>.cu."""
-    found = [p for p in sorted(setup().CUDA.glob("*.cu")) if p.name not in TOOLS]
+    found = [p for p in sorted(load_setup().CUDA.glob("*.cu")) if p.name not in TOOLS]
     longest = {
         p: max((o for o in ops() if p.stem == o or p.stem.startswith(f"{o}_")), key=len, default="")
         for p in found
@@ -176,39 +155,31 @@ def disassembled(path: Path, arch: str) -> dict[str, tuple[list, int, int]]:
 
 def rows(names: list[str], jobs: int = 2) -> list[dict]:
     """A row per kernel and chip of these ops. Needs nvcc: see setup.nvcc()."""
-    objects = setup().cuda_objects(setup().nvcc(), OBJECTS, jobs)
+    objects = load_setup().cuda_objects(load_setup().nvcc(), OBJECTS, jobs)
     out = []
     for op in names:
         calls: dict[str, dict] = {}
         sizes: dict[str, tuple[int, int]] = {}
         for shapes in cases.LLAMA:
-            found: dict[tuple, int] = {}
+            found = collections.Counter()
             for function, call, kernel, blocks, threads, shared, moved in launches(op, shapes):
-                found[kernel, function, call, blocks, moved] = (
-                    found.get((kernel, function, call, blocks, moved), 0) + 1
-                )
+                found[kernel, function, call, blocks, moved] += 1
                 sizes[kernel] = (threads, max(shared, sizes.get(kernel, (0, 0))[1]))
             for (kernel, *one), times in found.items():
                 calls.setdefault(kernel, {}).setdefault(shapes.name, []).append([*one, times])
         for source in sources(op):
             for arch, name in ARCHS.items():
                 for kernel, (code, registers, stack) in disassembled(objects[source], arch).items():
-                    base = kernel.partition("<")[
-                        0
-                    ]  # one that the cases do not launch is launched as its siblings are
+                    base = kernel.partition("<")[0]
+                    # One that the cases do not launch is launched as its siblings are.
                     alike = [one for of, one in sizes.items() if of.partition("<")[0] == base]
                     threads, shared = sizes.get(kernel) or max(alike, default=(32, 0))
                     head = {
-                        "op": PREFIX + op,
-                        "kernel": base.rpartition("::")[2],
-                        "arch": name,
-                        "config": kernel,
-                    }
-                    head |= {"types": source.name, "hash": content(source), "calls": calls.get(kernel, {})}
-                    warps = max(1, threads // 32)
-                    out.append(
-                        compact_row(head, sass.figures(code, registers, stack, int(name[3:]), warps, shared))
-                    )
+                        "op": PREFIX + op, "kernel": base.rpartition("::")[2], "arch": name, "config": kernel,
+                        "types": source.name, "hash": content(source), "calls": calls.get(kernel, {}),
+                    }  # fmt: skip
+                    figures = sass.figures(code, registers, stack, int(name[3:]), threads // 32, shared)
+                    out.append(compact_row(head, figures))
         missing = sizes.keys() - {row["config"] for row in out}
         if missing:
             raise RuntimeError(f"{op} launches {sorted(missing)}, which its objects lack")

@@ -20,10 +20,9 @@ from bench.static.work import PARTIAL, SHARES, idle, work
 LAUNCH = 3e-6  # seconds from start to end of an empty kernel in a queue
 LATENCY = 0.6e-6  # seconds of a load from memory under load
 DRAM_SHARE = 0.92
-UNSEEN = {
-    "cuda linear_logprob"
-}  # whose main work is a product of the BLAS, of which there is no row: no prediction
 TENSOR_SHARE = 0.75  # what FlashAttention-2 and -3 report of an A100's and an H100's peak: 73 and 75 %
+# Ops without a prediction: their main work is a product of the BLAS, of which there is no row.
+UNSEEN = {"cuda linear_logprob"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

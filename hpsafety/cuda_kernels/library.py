@@ -53,7 +53,11 @@ def record():
 
 
 def path() -> Path:
-    named = os.environ.get("HPSAFETY_CUDA_LIBRARY")
+    return _path(os.environ.get("HPSAFETY_CUDA_LIBRARY"))
+
+
+@functools.cache
+def _path(named: str | None) -> Path:
     return Path(named) if named else Path(__file__).parent.parent / "libhpsafety_cuda.so"
 
 
@@ -113,15 +117,9 @@ def unavailable(device: str) -> str | None:
     return None
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability that configurations are chosen for."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_capability(device)
-    return (8, 0)
-
-
 @functools.cache
-def _function(file: Path, name: str, signature: str):
+def launcher(file: Path, name: str, signature: str):
+    """A launcher of a library, which takes the signature's arguments and a stream, and returns 0 or an error."""
     function = getattr(_open(file), name)
     function.argtypes = [*(C_TYPES[letter] for letter in signature.replace(" ", "")), ctypes.c_void_p]
     function.restype = ctypes.c_int
@@ -143,6 +141,6 @@ def launch(name: str, signature: str, *arguments) -> None:
     on_gpu = first.device.type == "cuda"
     with torch.cuda.device(first.device) if on_gpu else contextlib.nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if on_gpu else None
-        code = _function(path(), name, signature)(*raw, stream)
+        code = launcher(path(), name, signature)(*raw, stream)
     if code:
         raise LaunchError(f"{name}: {_open(path()).hps_error(code).decode()} (CUDA error {code})")

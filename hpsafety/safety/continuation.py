@@ -4,13 +4,11 @@ import dataclasses
 import time
 
 from hpsafety.errors import InputError, RunError
-from hpsafety.model.io import load_model
 from hpsafety.rollout.engine import Engine, NotFinite, Request
+from hpsafety.safety.item_job import begin_items
 from hpsafety.safety.sampling_job import engine_settings
-from hpsafety.train import precision
 from hpsafety.train.lines import LineJob
 from hpsafety.train.metrics import Progress
-from hpsafety.train.rundir import model_hashes
 
 
 def continue_file(cfg, items: str, one_line: bool, world, title: str) -> None:
@@ -19,14 +17,9 @@ def continue_file(cfg, items: str, one_line: bool, world, title: str) -> None:
     cfg       SampleConfig: its model, out and decoding settings; k is 1
     one_line  stop at the first line break, which is left out
     """
-    dtype, _ = precision.choose(cfg.precision, world.device)
-    cfg = dataclasses.replace(cfg, precision=precision.name(dtype))
-    job = LineJob("eval", cfg, (items,), "document", model_hashes({"model": cfg.model}), world)
-    if job.complete:
+    cfg, job, model = begin_items(cfg, items, world)
+    if model is None:
         return
-    model = load_model(cfg.model, dtype, world.device)
-    if model.tokenizer is None:
-        raise InputError(f"{cfg.model}: has no tokenizer.json; an evaluation needs one for its texts")
     settings = engine_settings(cfg, model)
     if one_line:
         settings = dataclasses.replace(settings, stop=settings.stop | line_breaks(model.tokenizer))

@@ -15,11 +15,9 @@ import torch
 from hpsafety.data.batches import micro_batches
 from hpsafety.data.groups import PromptGroup, pack
 from hpsafety.errors import InputError
-from hpsafety.model.io import load_model
-from hpsafety.train import precision
+from hpsafety.safety.item_job import begin_items
 from hpsafety.train.lines import LineJob
 from hpsafety.train.metrics import Progress
-from hpsafety.train.rundir import model_hashes
 
 WINDOW = 256  # items in memory at a time, from which micro-batches are made
 
@@ -91,14 +89,9 @@ def check_length(model, row: dict) -> None:
 
 def answer_file(cfg: ChoiceSettings, items: str, world, title: str) -> None:
     """The items' log-probabilities, a line each, in their order; resumable, over ranks (a collective call)."""
-    dtype, _ = precision.choose(cfg.precision, world.device)
-    cfg = dataclasses.replace(cfg, precision=precision.name(dtype))
-    job = LineJob("eval", cfg, (items,), "document", model_hashes({"model": cfg.model}), world)
-    if job.complete:
+    cfg, job, model = begin_items(cfg, items, world)
+    if model is None:
         return
-    model = load_model(cfg.model, dtype, world.device)
-    if model.tokenizer is None:
-        raise InputError(f"{cfg.model}: has no tokenizer.json; an evaluation needs one for its texts")
     job.check_rows(lambda row: check_length(model, row))
     with job.working(cfg.resume):
         _answer_lines(job, model, cfg.tokens_per_batch, title)

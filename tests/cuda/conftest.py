@@ -8,20 +8,10 @@ import torch
 
 from hpsafety.cuda_kernels import library
 from tests.cuda import emulation
+from tests.device import DEVICE, place
 from tests.ops.oracle import check_against_oracle
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def place(args: dict) -> dict:
-    """The same arguments on DEVICE; tuples of tensors too."""
-
-    def move(value):
-        if isinstance(value, torch.Tensor):
-            return value.to(DEVICE)
-        return tuple(move(x) for x in value) if isinstance(value, tuple) else value
-
-    return {name: move(value) for name, value in args.items()}
+__all__ = ["DEVICE", "check_cuda", "place"]
 
 
 def check_cuda(op_name: str, op, args: dict, factor: float = 2.0, **kwargs) -> dict:

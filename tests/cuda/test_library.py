@@ -16,18 +16,18 @@ from hpsafety import ops
 from hpsafety.cuda_kernels import library
 from hpsafety.ops import backends
 from tests.cuda import emulation
-from tests.mutations.build import _setup
+from tests.mutations.build import load_setup
 from tests.ops.test_reward_score import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 WRAPPERS = sorted(p.stem for p in (ROOT / "hpsafety" / "cuda_kernels").glob("*.py"))
-setup = _setup()
+setup = load_setup()
 
 
 @pytest.fixture
 def fresh():
     """What is asked once per process is asked anew, before and after."""
-    caches = (library._missing, library._open, library._device_refuses, library._function)
+    caches = (library._missing, library._open, library._device_refuses, library.launcher)
     for cache in caches:
         cache.cache_clear()
     yield

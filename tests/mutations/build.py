@@ -5,6 +5,7 @@ Objects are kept under a hash of everything that goes into them, so that only wh
 nothing is on a second run. A mutated header compiles every source of the op that includes it.
 """
 
+import functools
 import hashlib
 import importlib.util
 import re
@@ -28,7 +29,9 @@ class DoesNotCompile(Exception):
     """The compiler's or the linker's errors."""
 
 
-def _setup():
+@functools.cache
+def load_setup():
+    """setup.py as a module."""
     spec = importlib.util.spec_from_file_location("hpsafety_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -65,7 +68,7 @@ class Builder:
     """Compiles and links; safe to use from several threads."""
 
     def __init__(self):
-        setup = _setup()
+        setup = load_setup()
         capability = torch.backends.cpu.get_cpu_capability().lower()
         name = capability if capability in setup.capabilities() else "default"
         extension = next(e for e in setup.extensions() if e.name == f"hpsafety._cpu_{name}")
