@@ -8,6 +8,7 @@
 #   make test-cuda        CUDA kernels on an emulated GPU: numbers, races, bounds, orders
 #   make test-ladder      the GPU kernels without a GPU, small: interpreter and emulation, memory, machine code, a fifth of
 #                         the mutants (FIFTH=0 to 4)
+#   make docs    the documentation as a site, links checked: build/site/index.html
 #   make clean   removes what was built  make distclean   removes the environments too
 #
 # PYTHON=python3.12 make demo     uses that Python
@@ -24,12 +25,12 @@ RUN_BENCH := $(PY) -m bench.end_to_end.$(BENCH)
 
 FIFTH ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 
-.PHONY: demo test test-mutations test-kernels test-cuda test-ladder lint bench clean distclean help
+.PHONY: demo test test-mutations test-kernels test-cuda test-ladder lint docs bench clean distclean help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@sed -n '3,14s/^# *//p' Makefile
+	@sed -n '3,15s/^# *//p' Makefile
 
 demo: $(VENV)/.built $(VENV)/.demo
 	@$(PY) -m hpsafety demo $(ARGS)
@@ -55,6 +56,9 @@ test-ladder: $(VENV)/.built $(VENV)/.test
 
 lint: $(VENV)/.lint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q && echo "docs: build/site/index.html"
 
 bench:
 	@$(MAKE) VENV=.venv-bench run-bench
@@ -94,3 +98,6 @@ $(VENV)/.bench: $(VENV)/.core
 
 $(VENV)/.lint: $(VENV)/.python pyproject.toml
 	@$(SET_UP) lint
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	@$(SET_UP) docs

@@ -1,4 +1,4 @@
-"""One step of the set-up of the virtual environment this runs in: torch, core, built, demo, test, bench or lint.
+"""One step of the set-up of the virtual environment this runs in: torch, core, built, demo, test, bench, lint or docs.
 
 make calls it with the environment's own Python; it uses the standard library only. Each step shows one line with the
 seconds gone by, writes the rest to setup.log in the environment, and touches its stamp at the end.
@@ -268,6 +268,10 @@ def step_lint() -> None:
     pip_install("installing ruff (about 15 MB)", *ruff)
 
 
+def step_docs() -> None:
+    pip_install("installing mkdocs and its theme (about 40 MB)", *project()["optional-dependencies"]["docs"])
+
+
 STEPS = {
     "torch": step_torch,
     "core": step_core,
@@ -276,6 +280,7 @@ STEPS = {
     "test": step_test,
     "bench": step_bench,
     "lint": step_lint,
+    "docs": step_docs,
 }
 
 if __name__ == "__main__":

@@ -163,3 +163,9 @@ def test_no_file_exceeds_400_lines_without_a_reason():
         if len(lines) > MAX_LINES and "over 400 lines:" not in "\n".join(lines[:10])
     ]
     assert len(files) > 20 and not faults, "\n".join(faults)
+
+
+def test_every_room_is_a_package():
+    """setuptools leaves a folder without __init__.py out of a wheel; from the source tree nobody notices."""
+    rooms = {path.parent for path in (ROOT / "hpsafety").rglob("*.py") if "triton_kernels" not in path.parts}
+    assert rooms and not [str(room) for room in rooms if not (room / "__init__.py").exists()]

@@ -1,0 +1,1 @@
+"""One file per stage; each is a command of its own."""

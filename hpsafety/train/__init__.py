@@ -1,0 +1,1 @@
+"""Optimiser steps, the loop, checkpoints, ranks, the run directory, jobs on files."""
