@@ -84,7 +84,7 @@ def test_counts_and_mix(sets):
     safety = [row for row in train if row["is_safety"]]
     helpful = [row for row in train if not row["is_safety"]]
     assert len(train) >= 480
-    assert 0.45 < len(safety) / len(train) < 0.55
+    assert 0.4 < len(safety) / len(train) < 0.5
     assert 0.35 < sum(row["is_borderline"] for row in helpful) / len(helpful) < 0.5
     assert [len(sets[name]) for name in HELDOUT] == [60, 60, 60]
 
@@ -132,7 +132,8 @@ def test_templates_are_used_at_most_ten_times(sets, templates):
         table = templates[row["template"]]
         prompts[skeleton(table["prompt"])] += 1
         match = [r for r in table["responses"] if generate.fill(r, row["slots"]) == row["response"]]
-        answers[skeleton(match[0])] += 1
+        if "-task-" not in row["id"]:  # a task's answer is all slot
+            answers[skeleton(match[0])] += 1
     assert max(prompts.values()) <= 10, prompts.most_common(1)
     assert max(answers.values()) <= 10, answers.most_common(1)
     assert len(prompts) >= 100 and len(answers) >= 150
@@ -162,7 +163,8 @@ def test_nothing_held_out_is_in_training(sets, templates):
 @pytest.mark.parametrize("name", SETS)
 def test_length_and_form_of_texts(sets, name):
     for row in sets[name]:
-        assert 25 <= len(row["response"].split()) <= 60, row["id"]
+        least = 1 if "-task-" in row["id"] else 25  # a task says itself how long its answer is
+        assert least <= len(row["response"].split()) <= 60, row["id"]
         assert len(row["prompt"].split()) <= 60, row["id"]
         assert not re.search(r"\{[a-z_]+\}", row["prompt"] + row["response"]), row["id"]
         assert row["response"] == row["response"].strip() and row["prompt"] == row["prompt"].strip()

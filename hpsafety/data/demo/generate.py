@@ -31,6 +31,7 @@ MAX_FILLS = 10  # rows a template may give
 SOURCE = "hpsafety-demo"
 SAFETY_FILES = ("safety_illicit", "safety_hateful", "safety_advice")
 HELPFUL_FILES = ("borderline", "helpful_a", "helpful_b")
+TASK_FILES = ("borderline_tasks", "helpful_tasks")  # of these there are no preference pairs
 HELDOUT_SPLITS = {
     "heldout_adversarial": "test_safety",
     "heldout_borderline": "test_borderline",
@@ -39,10 +40,13 @@ HELDOUT_SPLITS = {
 CHECKS = {"fits_dialogue": True, "follows_instruction": True, "well_written": True, "safe": True}
 
 
-def templates() -> dict[str, dict]:
-    """Template id -> {prompt, responses, slots, fills, is_safety, is_borderline, category, attack} (training)."""
+def templates(tasks: bool = True) -> dict[str, dict]:
+    """Template id -> {prompt, responses, slots, fills, is_safety, is_borderline, category, attack} (training).
+
+    tasks  with those of TASK_FILES
+    """
     found = {}
-    for file in (*SAFETY_FILES, *HELPFUL_FILES):
+    for file in (*SAFETY_FILES, *HELPFUL_FILES, *(TASK_FILES if tasks else ())):
         for kind, groups in read_toml(file).items():
             for group, tables in groups.items():
                 for name, table in tables.items():
@@ -79,9 +83,9 @@ def template_rows(template: str, table: dict) -> Iterator[dict]:
         }
 
 
-def train_rows() -> list[dict]:
+def train_rows(tasks: bool = True) -> list[dict]:
     """All demonstrations, in an order drawn from SEED."""
-    rows = [row for template, table in templates().items() for row in template_rows(template, table)]
+    rows = [row for template, table in templates(tasks).items() for row in template_rows(template, table)]
     random.Random(SEED).shuffle(rows)
     return rows
 
@@ -129,7 +133,10 @@ def data_sets() -> dict[str, list[dict]]:
     """File stem -> rows: all files of the demo."""
     train = train_rows()
     heldout = {name: heldout_rows(name) for name in HELDOUT_SPLITS}
-    others = {"preferences": preference_rows(train, templates()), "dialogues": dialogue_rows()}
+    others = {
+        "preferences": preference_rows(train_rows(tasks=False), templates(tasks=False)),
+        "dialogues": dialogue_rows(),
+    }
     return {"train": train} | others | heldout
 
 
