@@ -11,9 +11,12 @@ class ReportConfig:
     """One HTML file of everything a run measured; with two runs, one beside the other."""
 
     runs: tuple[str, ...] = option(
-        "run directory: of a pipeline, of several runs, or of one; a second one to compare with", positional="RUN"
+        "run directory: of a pipeline, of several runs, or of one; a second one to compare with",
+        positional="RUN",
     )
-    out: str | None = option("HTML file to write, with two CSV files beside it; RUN/report.html if absent", None)
+    out: str | None = option(
+        "HTML file to write, with two CSV files beside it; RUN/report.html if absent", None
+    )
 
     def __post_init__(self):
         require(self, "runs", 1 <= len(self.runs) <= 2 and all(self.runs), "one run directory or two")

@@ -188,7 +188,10 @@ def _metric(found, role: str) -> dict | None:
     if out["low"] is None or out["high"] is None:
         out["low"] = out["high"] = None
     n = number(own.get("n"))
-    out |= {"n": 0 if n is None else int(n), "judge": line(own.get("judge") or found.get("judge") or "not named")}
+    out |= {
+        "n": 0 if n is None else int(n),
+        "judge": line(own.get("judge") or found.get("judge") or "not named"),
+    }
     if number(own.get("count")) is not None:
         out["count"] = int(own["count"])
     if isinstance(found.get("why"), str):
@@ -203,7 +206,9 @@ def _items(folder: Path, role: str, faults: list[str]) -> list[Item]:
     scores = read_lines(folder / "scores.jsonl", faults)
     if len(prompts) != len(answers):
         if answers:
-            faults.append(f"{_where(folder)}: as many answers as prompts were expected; answers are not shown")
+            faults.append(
+                f"{_where(folder)}: as many answers as prompts were expected; answers are not shown"
+            )
         return []
     scores = scores if len(scores) == len(prompts) else [{}] * len(prompts)
     place = 0 if role == "model" else 1
@@ -239,7 +244,7 @@ def read_object(path: Path, faults: list[str]) -> dict | None:
 
 
 def read_lines(path: Path, faults: list[str]) -> list[dict]:
-    """The objects of a JSON-lines file; [] where there is none. Lines that are no objects are left out, with a fault."""
+    """The objects of a JSON-lines file; [] where there is none. Other lines are left out, with a fault."""
     if not path.is_file():
         return []
     found, bad = [], 0

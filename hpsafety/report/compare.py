@@ -56,14 +56,18 @@ def compare(a: Run, b: Run) -> list[Line]:
             if x or y:
                 found = difference(metric, x, y, models[0][mine], models[1][theirs])
                 out.append(Line(metric, title, x, y, found))
-    known = {(metric, name) for side, of in zip(sides, models, strict=True) for metric, name in side if name in of}
+    known = {
+        (metric, name) for side, of in zip(sides, models, strict=True) for metric, name in side if name in of
+    }
     for key in sorted((sides[0].keys() | sides[1].keys()) - known):
         x, y = (side.get(key) for side in sides)
         out.append(Line(*key, x, y, unpaired(x, y) if x and y else _none("measured in one run only")))
     return out
 
 
-def difference(metric: str, a: Number | None, b: Number | None, mine: Evaluated, theirs: Evaluated) -> Difference:
+def difference(
+    metric: str, a: Number | None, b: Number | None, mine: Evaluated, theirs: Evaluated
+) -> Difference:
     """Paired where the answers to the same prompts are there and the judge is the same; else from the intervals."""
     if not a or not b:
         return _none("measured in one run only")
@@ -94,7 +98,9 @@ def _column(metric: str, found: Evaluated) -> dict:
         return {(i.id, str(i.prompt)): float(verdict(i) == wanted) for i in found.items if i.part == part}
     if metric in SCORED:
         part, kind, _ = SCORED[metric]
-        return {(i.id, str(i.prompt)): i.scores[kind] for i in found.items if i.part == part and kind in i.scores}
+        return {
+            (i.id, str(i.prompt)): i.scores[kind] for i in found.items if i.part == part and kind in i.scores
+        }
     return {}
 
 

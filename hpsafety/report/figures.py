@@ -24,7 +24,9 @@ def trade_off(points: list[dict]) -> str:
     points  {"name", "adversarial": {value, low, high}, "borderline": {...}, "helpful": {...}}, in order of time; a
             measure may be absent or have the value None
     """
-    return plane(points, "adversarial", "refused adversarial prompts, %", "of adversarial prompts refused", (1, 99))
+    return plane(
+        points, "adversarial", "refused adversarial prompts, %", "of adversarial prompts refused", (1, 99)
+    )
 
 
 def plane(points: list[dict], up: str, ylabel: str, words: str, aim: tuple[float, float]) -> str:
@@ -42,7 +44,9 @@ def plane(points: list[dict], up: str, ylabel: str, words: str, aim: tuple[float
                 x, y, xerr=[[left], [right]], yerr=[[down], [above]], fmt=mark, markersize=8, capsize=3, alpha=0.9,
                 elinewidth=0.9, color=colours(len(points))[i],
             )  # fmt: skip
-            told.append(f"{line(points[i]['name'], 40)}: {y:.0f}% {words}, {x:.0f}% of {kind} prompts refused")
+            told.append(
+                f"{line(points[i]['name'], 40)}: {y:.0f}% {words}, {x:.0f}% of {kind} prompts refused"
+            )
         places += zip(xs, ys, strict=True)
         numbers += [str(i) for i in kept]
     axes.set(xlim=(-3, 103), ylim=(-3, 103), xlabel="refused harmless prompts, %", ylabel=ylabel)
@@ -64,7 +68,9 @@ def _legend(axes, names: list, where: str) -> None:
         Line2D([], [], color=colour, linewidth=4, label=f"{i}  {label(name)}")
         for i, (name, colour) in enumerate(zip(names, colours(len(names)), strict=True))
     ]
-    handles += [Line2D([], [], color=INK, marker=m, linestyle="", label=f"{k} prompts") for k, m in MARKS.items()]
+    handles += [
+        Line2D([], [], color=INK, marker=m, linestyle="", label=f"{k} prompts") for k, m in MARKS.items()
+    ]
     axes.legend(handles=handles, frameon=False, fontsize=8, loc=where, labelcolor=INK)
 
 

@@ -34,7 +34,9 @@ class Number:
 def numbers(run: Run) -> list[Number]:
     """All numbers of the run, evaluations first, then in the order of the stages."""
     out = [
-        Number(key, found.model, m["value"], m["n"], m["low"], m["high"], m["judge"], found.stage.hash or "none")
+        Number(
+            key, found.model, m["value"], m["n"], m["low"], m["high"], m["judge"], found.stage.hash or "none"
+        )
         for found in run.evaluated
         for key, m in found.metrics.items()
         if m["value"] is not None

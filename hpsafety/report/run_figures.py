@@ -115,7 +115,10 @@ def rounds_figure(rounds: list[dict]) -> str:
     if gammas:
         left.plot(*zip(*gammas, strict=True), color=AFTER, marker="o")
         words.append("automatic gamma: " + ", ".join(f"round {x} {g:.2f}" for x, g in gammas))
-    for key, text, colour in (("violations", "violations", BEFORE), ("rejection", "earlier finds rejected", AFTER)):
+    for key, text, colour in (
+        ("violations", "violations", BEFORE),
+        ("rejection", "earlier finds rejected", AFTER),
+    ):
         found = [(x, r[key]) for x, r in zip(xs, rounds, strict=True) if has(r[key])]
         if found:
             errors = list(zip(*(spread(m, 100) for _, m in found), strict=True))
@@ -151,8 +154,12 @@ def traces_figure(runs: list[tuple[str, list[dict]]]) -> str:
                 x, y, xerr=[[left], [right]], yerr=[[down], [above]], color=colour, fmt="o", elinewidth=0.8, capsize=2,
                 alpha=0.9,
             )  # fmt: skip
-            ax.annotate(label(p["name"], 14), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=INK)
-            words.append(f"{name}, {p['name']}: {y:.0f}% of adversarial, {x:.0f}% of borderline prompts refused")
+            ax.annotate(
+                label(p["name"], 14), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=INK
+            )
+            words.append(
+                f"{name}, {p['name']}: {y:.0f}% of adversarial, {x:.0f}% of borderline prompts refused"
+            )
         ax.plot(xs, ys, color=colour, linestyle=dashes, linewidth=1.4, label=label(name))
     if not words:
         return _none(fig)

@@ -131,7 +131,8 @@ def _compared_cells(row: Line) -> dict:
     d = row.difference
     change = d.how if d.value is None else shown(d.value, d.low, d.high, share, True)
     return {
-        "measure": name[0], "wanted": name[1], "a": row.a and written(row.a, share), "b": row.b and written(row.b, share),
+        "measure": name[0], "wanted": name[1],
+        "a": row.a and written(row.a, share), "b": row.b and written(row.b, share),
         "hashes": (row.a and row.a.hash, row.b and row.b.hash), "change": change,
         "how": d.how + (f", n = {d.n}" if d.n else "") if d.value is not None else "",
     }  # fmt: skip

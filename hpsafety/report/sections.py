@@ -48,7 +48,9 @@ def attempt(faults: list[str], what: str, make, *args):
 
 def points(run: Run) -> list[dict]:
     """The headline picture's points, in order of time."""
-    return [{"name": e.model} | {name: e.metrics.get(key) for name, key in KEYS.items()} for e in run.evaluated]
+    return [
+        {"name": e.model} | {name: e.metrics.get(key) for name, key in KEYS.items()} for e in run.evaluated
+    ]
 
 
 def figure(svg: str | None, hashes, note: str = "", title: str | None = None) -> list[Part]:
@@ -102,7 +104,9 @@ def measures(run: Run) -> list[Part]:
         judges = dict.fromkeys(m["judge"] for m in found if m and m["value"] is not None)
         if judges:
             name, wanted = eval_page.HEADLINES[key]
-            rows.append((name, (wanted, *(eval_page.cell(key, m or {}) for m in found), "; ".join(judges)), None))
+            rows.append(
+                (name, (wanted, *(eval_page.cell(key, m or {}) for m in found), "; ".join(judges)), None)
+            )
     return [Part(table=Table(header, rows, refs))] if rows else []
 
 
@@ -113,8 +117,8 @@ def redteam(run: Run) -> list[Part]:
         for row in [r for r in red.get("rounds") or [red] if number(r.get("round")) is not None]:
             gamma = row.get("gamma_auto")
             gamma = gamma.get("value") if isinstance(gamma, dict) else gamma
-            rounds.append({"round": int(row["round"]), "gamma_auto": number(gamma),
-                           "violations": _rate(row.get("violations")), "rejection": _rate(row.get("rejection"))})  # fmt: skip
+            rates = {key: _rate(row.get(key)) for key in ("violations", "rejection")}
+            rounds.append({"round": int(row["round"]), "gamma_auto": number(gamma)} | rates)
         rows += _redteam_rows(stage)
         by += [
             (f"{line(r['vector'], 40)} × {line(r['category'], 40)}", (str(int(r["n"])), str(int(r["violations"]))),
@@ -146,7 +150,13 @@ def _redteam_rows(stage: Stage) -> list:
     for key in ("gamma_auto", "gamma"):
         found = red.get(key)
         if isinstance(found, dict) and number(found.get("value")) is not None:
-            out.append((f"{stage.name}: {key}", (f"{found['value']:.2f}: {line(found.get('label', ''))}",), stage.hash))
+            out.append(
+                (
+                    f"{stage.name}: {key}",
+                    (f"{found['value']:.2f}: {line(found.get('label', ''))}",),
+                    stage.hash,
+                )
+            )
         else:
             out.append((f"{stage.name}: {key}", ("not measured",), stage.hash))
     return out
@@ -156,7 +166,9 @@ def judges(run: Run) -> list[Part]:
     rows = []
     for stage in run.of("reward"):
         found = held_out(stage)
-        text = eval_page.cell("accuracy", found) if found["value"] is not None and found["n"] else "not measured"
+        text = (
+            eval_page.cell("accuracy", found) if found["value"] is not None and found["n"] else "not measured"
+        )
         rows.append((stage.name, (line(stage.config.get("kind", ""), 20), text), stage.hash))
     table = Table(("reward model", "kind", "accuracy on held-out pairs"), rows)
     return [Part(table=table, note="Chance is 50 %.")] if rows else []
@@ -207,16 +219,23 @@ def _audit(stage: Stage, many: bool) -> list[Part]:
     counts = stage.result["corpus"]["counts"]
     rows = [("documents", (f"{counts['documents']:,}",), stage.hash),
             ("English documents", (f"{counts['english_documents']:,}",), stage.hash)]  # fmt: skip
-    rows += [(line(name), (line(text),), stage.hash) for name, text in audit_page.toxicity_rows(stage.result["toxicity"])]
+    toxic = audit_page.toxicity_rows(stage.result["toxicity"])
+    rows += [(line(name), (line(text),), stage.hash) for name, text in toxic]
     languages = audit_page.language_rows(stage.result["languages"])[:5]
-    rows += [(f"language: {line(name)}", (f"{count} ({share})",), stage.hash) for name, count, share in languages]
+    rows += [
+        (f"language: {line(name)}", (f"{count} ({share})",), stage.hash) for name, count, share in languages
+    ]
     return [Part(_title(stage, many), table=Table(("measure", "value"), rows))]
 
 
 def losses(run: Run) -> list[Part]:
     found = {}
     for stage in run.stages:
-        rows = [r for r in stage.metrics if number(r.get("loss")) is not None and number(r.get("step")) is not None]
+        rows = [
+            r
+            for r in stage.metrics
+            if number(r.get("loss")) is not None and number(r.get("step")) is not None
+        ]
         if rows and stage.command != "ppo":  # its loss need not fall
             found[stage.name] = (stage, rows)
     if not found:
