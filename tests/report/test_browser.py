@@ -49,22 +49,22 @@ def test_it_loads_and_nothing_else_happens(driver, run, name):
     requests(driver)
     driver.get((run / name).as_uri())
     assert driver.execute_script("return window.HACKED") is None
-    assert driver.title != "HACKED" and driver.execute_script("return document.scripts.length") == (name == "report.html")
+    scripts = driver.execute_script("return document.scripts.length")
+    assert driver.title != "HACKED" and scripts == (1 if name == "report.html" else 0)
     assert not [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert set(requests(driver)) == {(run / name).as_uri()}
 
 
 def test_the_policy_holds(driver, run):
-    """A script that gets into the page is not run, and a picture from the network is not asked for."""
+    """A script that gets into the page is not run, and a picture from the network is refused."""
     driver.get((run / "report.html").as_uri())
-    requests(driver)
     driver.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.LET_IN = 1'; document.body.append(s);"
         "const i = document.createElement('img'); i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i);"
     )
     assert driver.execute_script("return window.LET_IN") is None
     blocked = [e["message"] for e in driver.get_log("browser") if "Content Security Policy" in e["message"]]
-    assert len(blocked) >= 2 and not requests(driver)
+    assert len(blocked) == 2, blocked
 
 
 def test_search_finds_folded_text_and_leaves_it_folded(driver, run):
@@ -80,7 +80,7 @@ def test_search_finds_folded_text_and_leaves_it_folded(driver, run):
         assert told == f"{len(rows)} of 120 shown"
         return rows
 
-    assert len(shown("adversarial question 7 ")) == 1
+    assert len(shown("question a7only")) == 1
     assert len(shown("BORDERLINE")) == 40 and len(shown("no such words")) == 0 and len(shown("<script>")) == 3
     assert driver.execute_script("return document.querySelectorAll('#samples details[open]').length") == 0
     risky = driver.find_element("css selector", "details.risky .text")

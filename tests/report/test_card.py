@@ -14,8 +14,8 @@ from tests.report.fake_run import HOSTILE, make_run
 from tests.report.test_run_page import check_form
 
 FIELDS = {  # Table 52, section by section
-    "Model details": ("Developers", "Variations", "Input", "Output", "Architecture and tuning method", "Dates", "Status",
-                      "License", "Where to send comments"),
+    "Model details": ("Developers", "Variations", "Input", "Output", "Architecture and tuning method", "Dates",
+                      "Status", "License", "Where to send comments"),
     "Intended use": ("Use cases", "Out-of-scope uses"),
     "Hardware and software": ("Device", "Training factors", "Energy", "Carbon footprint"),
     "Training data": ("Overview", "Freshness"),
@@ -73,7 +73,8 @@ def test_card_3_device_hours_energy(run):
     text = card(run)
     assert lines_of(text, "Hardware and software", "Energy") == ["  - not measured"]
     told = lines_of(text, "Hardware and software", "Training factors")
-    assert "0.350 h" in told[0] and len(told) == 8 and "`cpu`" in "".join(lines_of(text, "Hardware and software", "Device"))
+    assert "0.350 h" in told[0] and len(told) == 8
+    assert "`cpu`" in "".join(lines_of(text, "Hardware and software", "Device"))
     (energy,) = lines_of(card(run, "--watts", "200"), "Hardware and software", "Energy")
     assert "hours × watts / 1000 = 0.350 × 200 / 1000 = 0.0700 kWh" in energy
     assert hours(collect(run).stages[0]) == 0.05

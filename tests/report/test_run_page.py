@@ -74,7 +74,7 @@ def test_the_page_is_well_formed(page):
 
 
 def test_each_number_names_its_manifest(run, page):
-    """Every stage that has numbers is linked, and its hash is the sha256 of its manifest (CARD-2's rule, in reports)."""
+    """Every stage that has numbers is linked by its manifest's hash (CARD-2's rule, in reports)."""
     for stage in collect(run).stages:
         if stage.hash:
             assert f'id="m-{stage.hash}"' in page and f'href="#m-{stage.hash}">{stage.hash}</a>' in page
@@ -82,8 +82,8 @@ def test_each_number_names_its_manifest(run, page):
 
 def test_a_figure_of_each_kind_and_what_is_missing(page):
     for words in ("refused adversarial prompts, % against", "Mean scores by stage", "Scores of the held-out answers",
-                  "violations, % of adversarial prompts against", "Violations by category", "Violations by attack vector",
-                  "Red-team rounds", "PPO over 4 iterations", "Training losses"):  # fmt: skip
+                  "violations, % of adversarial prompts against", "Violations by category",
+                  "Violations by attack vector", "Red-team rounds", "PPO over 4 iterations", "Training losses"):  # fmt: skip
         assert f'aria-label="{words}' in page, words
     assert "Not measured: no audit in this run." in page and "Not measured: no scaling study in this run." in page
     assert "83 % (40/48" in page and "substituted: no larger model" in page
