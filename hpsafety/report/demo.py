@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from hpsafety.files import atomic_write
 from hpsafety.report.figures import loss_curves, score_figure, trade_off
+from hpsafety.report.text import printable
 from hpsafety.safety import distill_page, eval_page, ppo_page
 from hpsafety.safety.intervals import Rate
 from hpsafety.safety.measure import JUDGED
@@ -81,11 +82,6 @@ def terminal_tables(result: dict) -> None:
         cells = (f"[{s['set']}] {question}", *(f"({a['verdict']}) {a['text']}" for a in s["answers"]))
         answers.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(answers)
-
-
-def printable(text: str) -> str:
-    """Text without control and bidirectional characters, so that a model's answer cannot steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def write_report(result: dict, path: Path) -> None:
