@@ -22,6 +22,16 @@ COMMANDS = {
         "DemoConfig",
         "hpsafety.demo:run",
     ),
+    "pipeline": (
+        "all stages of a TOML file in its order, resumable stage by stage; --plan for a dry run",
+        "PipelineConfig",
+        "hpsafety.pipeline:run",
+    ),
+    "select": (
+        "a seeded part of record files, the kinds in turn, within a budget of tokens",
+        "SelectConfig",
+        "hpsafety.stages.select:run",
+    ),
     "sft": (
         "supervised fine-tuning on demonstrations, helpful and safe mixed",
         "SFTConfig",

@@ -23,7 +23,8 @@ _ELSEWHERE = {
     "config_distill": ("DistillConfig",),
     "config_audit": ("AuditConfig",),
     "config_eval": ("EvalConfig",),
-    "config_tools": ("DemoConfig", "ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
+    "config_pipeline": ("PipelineConfig", "DemoConfig", "SelectConfig"),
+    "config_tools": ("ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
 }
 
 
