@@ -2,9 +2,9 @@
 
 It is the pipeline of configs/demo.toml: smollm2 (135M, already instruction-tuned by its makers) is fine-tuned on a
 seeded subset of the demo data; two reward models learn from the demo's preference pairs; the fine-tuned model answers
-prompts several times and learns from its best answers; a few iterations of PPO go on from there, and at last the effect
-of preprompts is distilled into the weights. The same held-out questions are asked after each stage: adversarial ones (to
-be declined), borderline ones that only look dangerous and plain helpful ones (both to be answered).
+prompts several times and learns from its best answers; a few iterations of PPO go on from there, and at last the
+effect of preprompts is distilled into the weights. The same held-out questions are asked after each stage: adversarial
+ones (to be declined), borderline ones that only look dangerous and plain helpful ones (both to be answered).
 """
 
 from pathlib import Path

@@ -53,6 +53,7 @@ class Pipeline:
     out: Path
     seed: int
     device: str
+    precision: str
     stages: tuple[Stage, ...]
     plan: dict = field(default_factory=dict)
 
@@ -85,7 +86,8 @@ def read_pipeline(file: str, changes: dict | None = None, stage_changes: dict | 
         stages.append(make_stage(file, name, row, names, defaults, Path(out)))
     return Pipeline(
         str(head.get("title", Path(file).stem)), file, Path(file).read_text(encoding="utf-8"), Path(out),
-        int(defaults.get("seed", 0)), str(defaults.get("device", "auto")), tuple(stages), table.get("plan", {}),
+        int(defaults.get("seed", 0)), str(defaults.get("device", "auto")),
+        str(defaults.get("precision", "auto")), tuple(stages), table.get("plan", {}),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What of a pipeline is done: OUT/pipeline.json, and whether each stage's settings, inputs and outputs are what they were.
+"""What of a pipeline is done: OUT/pipeline.json, and whether a stage's settings, inputs and outputs are what they were.
 
 A stage is done when its manifest has ended, it was told the same, it would read the same and holds what it wrote.
 One that was told or would read something else is done anew, and so is all that depends on it. One whose outputs are
@@ -83,7 +83,8 @@ def fresh_entry(stage: Stage, entries: dict[str, dict], standing: Standing) -> d
         times = [path.stat().st_mtime for path in stage.out.rglob("*")]
         seconds += max([0.0, *(at - old["since"] for at in times if "since" in old)])
     return {
-        "name": stage.name, "run": stage.run, "out": stage.name, "status": "done" if standing.status == DONE else "to do",
+        "name": stage.name, "run": stage.run, "out": stage.name,
+        "status": "done" if standing.status == DONE else "to do",
         "seconds": round(seconds, 2), "needs": list(stage.needs), "substituted": stage.substituted,
         "settings": old.get("settings"), "inputs": old.get("inputs"),  # of what lies on the disk
     }  # fmt: skip

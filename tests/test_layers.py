@@ -22,6 +22,7 @@ LAYERS = [
         "pipeline",
         "pipeline_file",
         "pipeline_plan",
+        "pipeline_sizes",
         "pipeline_state",
         "pipeline_work",
         "planner",

@@ -28,13 +28,12 @@ def comparison(evals: dict[str, dict]) -> list[tuple[str, ...]]:
 
 
 def cell(entry: dict | None) -> str:
-    """A rate in per cent or a mean, its 95 % interval behind it."""
+    """A rate in per cent with its 95 % interval, or a mean, whose interval stands in the evaluation's own report."""
     if entry is None or entry["value"] is None:
         return "not measured"
-    value, low, high = entry["value"], entry["low"], entry["high"]
     if entry.get("kind") == "rate":
-        return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
-    return f"{value:.3f} ({low:.3f}-{high:.3f})"
+        return f"{100 * entry['value']:.0f} % ({100 * entry['low']:.0f}-{100 * entry['high']:.0f})"
+    return f"{entry['value']:.3f}"
 
 
 def show_end(pipeline, state: dict) -> None:
