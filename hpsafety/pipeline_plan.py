@@ -1,7 +1,8 @@
 """`hpsafety pipeline FILE --plan`: every stage with where it stands, what it needs, and a model of its time and memory.
 
     seconds = train FLOPs / (devices x rate x TRAINING) + forward FLOPs / (devices x rate x FORWARD)
-            + bytes of optimiser steps / (devices x bandwidth x STREAMING) + decoding + bytes of weights / DISK + bytes of text / TEXT + OVERHEAD
+            + bytes of optimiser steps / (devices x bandwidth x STREAMING) + decoding
+            + bytes of weights / DISK + bytes of text / TEXT + OVERHEAD
     decoding: prompts as forward FLOPs; then steps of a batch of B sequences, each the longer of
               2 B parameters / (rate x FORWARD) and (parameters + keys and values) in bytes / (bandwidth x STREAMING)
 
@@ -204,10 +205,8 @@ def totals(machine: Machine, lines: list[Line]) -> list[str]:
         peak = max(left, key=lambda line: line.work.memory)
         ranks = machine.place.ranks
         hours = f" ({ranks * time_left / 3600:,.0f} GPU hours)" if ranks > 1 else ""
-        out[0] += (
-            f": about {span(time_left)}{hours}, {peak.work.memory / GB:,.1f} GB at most{' a rank' if ranks > 1 else ''}, "
-            f"in {peak.stage.name}"
-        )
+        memory = f"{peak.work.memory / GB:,.1f} GB at most{' a rank' if ranks > 1 else ''}"
+        out[0] += f": about {span(time_left)}{hours}, {memory}, in {peak.stage.name}"
     out.append(f"{machine.name}; a model, not a promise; ~ from data that is assumed or not written yet")
     over = [line.stage.name for line in left if line.work.memory > machine.memory]
     if over:

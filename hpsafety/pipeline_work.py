@@ -91,11 +91,16 @@ def train_on(
 ):
     """Adds a fine-tuning: cfg has epochs, steps, batch, tokens_per_batch and recompute."""
     seen = rows * cfg.epochs if cfg.steps is None else cfg.steps * cfg.batch
-    work.train += (passes + cfg.recompute) * seen * forward(config, prompt, answers, head)
+    work.train += idle(cfg.batch, place) * (passes + cfg.recompute) * seen * forward(config, prompt, answers, head)
     work.updates += math.ceil(seen / cfg.batch) * UPDATE * num_parameters(config)
     work.tokens += seen * (prompt + sum(answers))
     work.disk += 2 * FP32 * num_parameters(config)
     hold(work, training_bytes(config, cfg, place, prompt + sum(answers)), place)
+
+
+def idle(batch: float, place: Place) -> float:
+    """How much longer a step takes because it has fewer examples than there are ranks."""
+    return place.ranks / min(place.ranks, max(1, batch))
 
 
 def training_bytes(config: LlamaConfig, cfg, place: Place, longest: float) -> float:
@@ -187,7 +192,7 @@ def ppo(stage: Stage, sizes: Sizes, place: Place, work: Work) -> None:
     )
     work.forward += prompts * (2 * one + (valued or 0))
     work.forward += prompts * sum(forward(config, rows.prompt, answers, False) for config in scorers)
-    work.train += prompts * passes * (one + (valued or 0))
+    work.train += idle(cfg.minibatch / cfg.k, place) * prompts * passes * (one + (valued or 0))
     trained = [
         lora.num_parameters(c, cfg.lora_rank) if cfg.lora_rank else num_parameters(c)
         for c in (policy, critic)
