@@ -23,6 +23,7 @@ _ELSEWHERE = {
     "config_distill": ("DistillConfig",),
     "config_audit": ("AuditConfig",),
     "config_eval": ("EvalConfig",),
+    "config_redteam": ("RedteamConfig",),
     "config_tools": ("DemoConfig", "ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
 }
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "files", "config"},
     {"config_audit", "config_gatt", "config_ppo", "config_sampling", "config_scaling", "config_tools"},
-    {"config_distill", "config_eval"},
+    {"config_distill", "config_eval", "config_redteam"},
     {"reference", "triton_kernels", "_C"},
     {"cuda_kernels"},  # of triton_kernels it takes attention_tiles, which knows nothing of Triton
     {"ops"},
