@@ -1,7 +1,7 @@
 """Attacks made of seed prompts: template mutations on all seven vectors, of one turn and of several (spec RT-5, RT-7).
 
-The frames stand in hpsafety/data/redteam/attacks.toml. A mutation says its template, and follows from template, seed and
-seed number alone. What is harmful in it is what the seed asks for: no template adds to that.
+The frames stand in hpsafety/data/redteam/attacks.toml. A mutation says its template, and follows from template, seed
+and seed number alone. What is harmful in it is what the seed asks for: no template adds to that.
 """
 
 import hashlib
@@ -45,6 +45,8 @@ class Attack:
     """What is said to the model: `users`, turn by turn; with `push` the last of them only after a refusal.
 
     template  of attacks.toml, or "garak/PROBE";  source  where the seed is from
+    opening   turns before the first that holds the request: innocuous ones
+    held_out  the seed is a test prompt: what is found with it is no training data
     """
 
     seed_id: str
@@ -56,7 +58,8 @@ class Attack:
     push: bool = False
     system: str | None = None
     source: str | None = None
-    held_out: bool = False  # the seed is a test prompt: what is found with it is no training data
+    held_out: bool = False
+    opening: int = 0
 
 
 def load_templates(path: Path = SHIPPED) -> list[Template]:
@@ -170,14 +173,14 @@ def identity(users: Sequence[str]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def found_before(users: Sequence[str], found: set[str]) -> bool:
-    """Whether the dialogue begins with an earlier find."""
-    return any(identity(users[:n]) in found for n in range(1, len(users) + 1))
+def found_before(users: Sequence[str], found: set[str], opening: int = 0) -> bool:
+    """Whether the dialogue, up to some turn after its opening, is an earlier find."""
+    return any(identity(users[:n]) in found for n in range(opening + 1, len(users) + 1))
 
 
 def mutate(template: Template, seed: dict, seed_number: int, max_turns: int) -> Attack | None:
-    """The template around the seed's last user turn; earlier user turns go before. None where max_turns do not hold it, or
-    where it changes nothing; a push that finds no room is left out.
+    """The template around the seed's last user turn; earlier user turns go before. None where max_turns do not hold
+    it, or where it changes nothing; a push that finds no room is left out.
 
     seed_number  the run's seed, from which the noise of a transform is drawn
     """
@@ -193,9 +196,10 @@ def mutate(template: Template, seed: dict, seed_number: int, max_turns: int) -> 
     if turns == user_texts(seed["prompt"]):
         return None  # the noise fell beside every word: that is no attack of this vector
     held_out = (seed.get("split") or "").startswith(("test_", "valid"))
+    opening = len(history) + next(i for i, turn in enumerate(template.turns) if SLOT in turn)
     return Attack(
         seed["id"], template.vector, seed["category"], risk_label(seed), template.id, tuple(turns), push,
-        system_text(seed["prompt"]), seed.get("source"), held_out,
+        system_text(seed["prompt"]), seed.get("source"), held_out, opening,
     )  # fmt: skip
 
 
@@ -236,7 +240,7 @@ class _Fresh:
             mine = identity(attack.users)
             if mine in self.seen:
                 continue
-            if found_before(attack.users, self.found):
+            if found_before(attack.users, self.found, attack.opening):
                 self.counts["attacks left out: found in an earlier round"] += 1
                 continue
             self.seen.add(mine)

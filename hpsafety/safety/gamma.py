@@ -116,5 +116,5 @@ def gamma_auto(violating: int, attempts: int, attempts_per_hour: float) -> dict:
     hours = attempts / attempts_per_hour
     return {
         "value": violating / hours, "attempts_per_hour": attempts_per_hour, "attempts": attempts, "hours": hours,
-        "label": f"automated attackers, {attempts_per_hour:g} attempts an hour assumed; not comparable with people's gamma",
+        "label": f"automated attackers, {attempts_per_hour:g} attempts an hour assumed: not people's gamma",
     }  # fmt: skip

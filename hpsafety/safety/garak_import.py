@@ -1,12 +1,12 @@
 """garak's files as attacks: hit logs and reports (JSON lines), prompt files (.json, .txt).
 
-Read by form: a JSON line with `entry_type: "attempt"` is one of a report; one with `prompt` and `probe` is a hit. A prompt is
-text, a message {text}, or a conversation {turns: [{role, content: {text}}]}, as garak's versions wrote it. Of a
-conversation the user's turns are asked, with the model's own answers in between. A .json file holds a list of texts, or
-{"entries": [{"conversation": [...], "payload": ...}]}; a .txt file has a prompt a line.
+Read by form: a JSON line with `entry_type: "attempt"` is one of a report; one with `prompt` and `probe` is a hit. A
+prompt is text, a message {text}, or a conversation {turns: [{role, content: {text}}]}, as garak's versions wrote it.
+Of a conversation the user's turns are asked, with the model's own answers in between. A .json file holds a list of
+texts, or {"entries": [{"conversation": [...], "payload": ...}]}; a .txt file has a prompt a line.
 
-garak knows vectors and categories by its probes' names only; VECTORS and CATEGORIES_BY_PROBE say which become which. What
-they do not name is `other`, and `illicit`.
+garak knows vectors and categories by its probes' names only; VECTORS and CATEGORIES_BY_PROBE say which become which.
+What they do not name is `other`, and `illicit`.
 """
 
 import json
@@ -25,8 +25,8 @@ VECTORS = {
     "psychological": ("persuasion", "grandma", "hiddencontext", "context_compliance", "cot_manipulation"),
     "logic": ("snowball", "misleading", "phrasing"),
     "syntactic": (
-        "encoding", "badchars", "homoglyph", "leet", "smuggling", "ansiescape", "suffix", "best_of_n_jailbreaking", "dra",
-        "special_token_injection",
+        "encoding", "badchars", "homoglyph", "leet", "smuggling", "ansiescape", "suffix", "best_of_n_jailbreaking",
+        "dra", "special_token_injection",
     ),
     "semantic": ("sata", "topic", "tap", "crescendo"),
     "perspective": ("dan", "doctor", "persona_injection", "hermesjailbench", "stan", "dude"),
@@ -103,15 +103,16 @@ def _prompts(path: Path, counts: Counter) -> Iterator[tuple[str, str | None, tup
 
 
 def _log_prompts(path: Path, counts: Counter) -> Iterator[tuple]:
+    seen: set = set()
     for line, row in iter_json_lines(path):
         where, entry = (path, line), row.get("entry_type")
         if entry not in (None, "attempt"):
             counts["garak lines left out: no attempt"] += 1
             continue
-        if entry == "attempt" and row.get("status") == 2:
-            counts["garak lines left out: the same attempt, judged"] += 1  # a report has each attempt twice
-            if row.get("prompt") is None:
-                continue
+        uuid = row.get("uuid") if isinstance(row.get("uuid"), str) else None
+        if uuid is not None and uuid in seen:
+            continue  # a report has each attempt twice: as it was answered, and as it was judged
+        seen.add(uuid)
         prompt = row.get("prompt")
         probe = row.get("probe") or row.get("probe_classname") or (path.stem if entry is None else None)
         if prompt is None:
