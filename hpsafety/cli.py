@@ -97,6 +97,11 @@ COMMANDS = {
         "EvalConfig",
         "hpsafety.stages.evaluate:run",
     ),
+    "redteam": (
+        "a red-team round: attacks on all vectors, judge, gamma, replay of earlier violations",
+        "RedteamConfig",
+        "hpsafety.stages.redteam:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

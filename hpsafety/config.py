@@ -24,6 +24,7 @@ _ELSEWHERE = {
     "config_audit": ("AuditConfig",),
     "config_eval": ("EvalConfig",),
     "config_pipeline": ("PipelineConfig", "DemoConfig", "SelectConfig"),
+    "config_redteam": ("RedteamConfig",),
     "config_tools": ("ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
 }
 
