@@ -76,7 +76,7 @@ def run_stage(pipeline: Pipeline, place: int, standing: Standing, state, entry, 
     skipped = None
     try:
         if stage.run not in SINGLE:
-            call(stage)
+            skipped = call(stage)
         elif world.is_main:
             with distributed.alone() if world.size > 1 else contextlib.nullcontext():
                 skipped = call(stage)

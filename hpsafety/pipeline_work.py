@@ -91,7 +91,9 @@ def train_on(
 ):
     """Adds a fine-tuning: cfg has epochs, steps, batch, tokens_per_batch and recompute."""
     seen = rows * cfg.epochs if cfg.steps is None else cfg.steps * cfg.batch
-    work.train += idle(cfg.batch, place) * (passes + cfg.recompute) * seen * forward(config, prompt, answers, head)
+    work.train += (
+        idle(cfg.batch, place) * (passes + cfg.recompute) * seen * forward(config, prompt, answers, head)
+    )
     work.updates += math.ceil(seen / cfg.batch) * UPDATE * num_parameters(config)
     work.tokens += seen * (prompt + sum(answers))
     work.disk += 2 * FP32 * num_parameters(config)
