@@ -126,10 +126,10 @@ def missing_fields(config: type, values: dict):
     return (f for f in fields if f.name not in values and f.default is dataclasses.MISSING)
 
 
-def nearest(name: str, names) -> str:
+def nearest(name: str, names, what: str = "keys") -> str:
     """What a wrong name may have meant, as the end of a message."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(names)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; known {what}: {', '.join(names)}"
 
 
 def _join_negatives(args: list[str]) -> list[str]:

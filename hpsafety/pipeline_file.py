@@ -66,7 +66,9 @@ def read_pipeline(file: str, changes: dict | None = None, stage_changes: dict | 
     """
     table = load_toml(file, "; pipeline takes a TOML file of stages")
     for name in table.keys() - {"pipeline", "plan", "stage"}:
-        raise file_error(file, f"unknown table {name!r}{nearest(name, ('pipeline', 'plan', 'stage'))}")
+        raise file_error(
+            file, f"unknown table {name!r}{nearest(name, ('pipeline', 'plan', 'stage'), 'tables')}"
+        )
     head, rows = table.get("pipeline", {}), table.get("stage", [])
     if not isinstance(head, dict) or not isinstance(table.get("plan", {}), dict):
         raise file_error(file, "[pipeline] and [plan] must be tables, each once")
@@ -115,7 +117,7 @@ def config_of(file: str, name: str, row: dict) -> type:
     known = tuple(command for command in COMMANDS if command in cli.COMMANDS)
     if run not in known:
         told = "run is missing" if run is None else f"run names no command of a pipeline: {run!r}"
-        raise file_error(file, f"stage {name!r}: {told}{nearest(str(run), known)}")
+        raise file_error(file, f"stage {name!r}: {told}{nearest(str(run), known, 'commands')}")
     return getattr(config, cli.COMMANDS[run][1])
 
 
@@ -148,7 +150,7 @@ def check_order(file: str, rows: list[dict], names: list[str]) -> None:
                 continue
             where = f"stage {name!r}: {key} = {{{ref}}}"
             if ref not in names:
-                raise file_error(file, f"{where}: no such stage{nearest(ref, names)}")
+                raise file_error(file, f"{where}: no such stage{nearest(ref, names, 'stages')}")
             if names.index(ref) >= place:
                 ring = path_between(ref, name, needs)
                 why = (

@@ -77,7 +77,9 @@ def machine_of(pipeline: Pipeline, sizes: Sizes) -> Machine:
     if name is None:
         return measured(pipeline, sizes)
     if name not in CHIPS:
-        raise InputError(f"{pipeline.file}: [plan]: chips must be known, got {name!r}{nearest(name, CHIPS)}")
+        raise InputError(
+            f"{pipeline.file}: [plan]: chips must be known, got {name!r}{nearest(name, CHIPS, 'chips')}"
+        )
     chip = CHIPS[name]
     # Shares of a peak that large trainings and inference report; not measured by this project.
     return Machine(

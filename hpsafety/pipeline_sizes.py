@@ -206,7 +206,7 @@ def checked_plan(file: str, table: dict) -> dict:
             raise InputError(f"{where}: {key} must be {wanted}, got {value!r}")
     for name in [*table.get("models", {}).values(), *([table["shape"]] if "shape" in table else [])]:
         if name not in SHAPES:
-            raise InputError(f"{where}: no shape {name!r}{nearest(str(name), SHAPES)}")
+            raise InputError(f"{where}: no shape {name!r}{nearest(str(name), SHAPES, 'shapes')}")
     for name, rows in table.get("data", {}).items():
         fields = {"count", "prompt", "answer", "safety", "size"}
         if not isinstance(rows, dict) or not {"count"} <= rows.keys() <= fields:

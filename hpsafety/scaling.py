@@ -18,7 +18,7 @@ from hpsafety.data.selection import in_turn
 from hpsafety.demo_parts import KINDS, REWARD_TOKENS, judges, train_judge
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model
-from hpsafety.safety.measure import SETS
+from hpsafety.safety.eval_answers import SETS
 from hpsafety.stages import scaling
 from hpsafety.train.metrics import say
 
