@@ -187,9 +187,10 @@ if __name__ == "__main__":  # the mutation tests import the flags
     if build and not os.environ.get("CXX"):
         os.environ["CXX"] = compiler()
     setup(
-        # The folder stands beside csrc; its own name belongs to another package.
-        packages=[*find_packages(include=["hpsafety", "hpsafety.*"]), "hpsafety.triton_kernels"],
-        package_dir={"hpsafety.triton_kernels": "triton_kernels"},
+        # Two folders of the root that the package holds too: kernels beside csrc (their own name belongs to another
+        # package), and the pipelines that come with it.
+        packages=[*find_packages(include=["hpsafety", "hpsafety.*"]), "hpsafety.triton_kernels", "hpsafety.configs"],
+        package_dir={"hpsafety.triton_kernels": "triton_kernels", "hpsafety.configs": "configs"},
         ext_modules=extensions() if build else [],
         cmdclass={"build_ext": build_command() if build else build_ext},
     )
