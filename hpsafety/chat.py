@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hpsafety.data.chat import encode_prompt
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model
-from hpsafety.report.demo import printable
+from hpsafety.report.text import printable
 from hpsafety.rollout.engine import Engine, Request
 from hpsafety.rollout.sampler import Settings, stop_ids
 from hpsafety.train import distributed, precision

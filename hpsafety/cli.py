@@ -102,6 +102,16 @@ COMMANDS = {
         "RedteamConfig",
         "hpsafety.stages.redteam:run",
     ),
+    "report": (
+        "one HTML file of all that a run measured; a second run stands beside it",
+        "ReportConfig",
+        "hpsafety.report.run_page:run",
+    ),
+    "card": (
+        "the model card of a run, Markdown for Hugging Face and HTML; every number with its manifest's hash",
+        "CardConfig",
+        "hpsafety.report.card:run",
+    ),
     "profile": (
         "where a step's time goes: profile STAGE [flags of the stage]",
         None,

@@ -25,6 +25,7 @@ _ELSEWHERE = {
     "config_eval": ("EvalConfig",),
     "config_pipeline": ("PipelineConfig", "DemoConfig", "SelectConfig"),
     "config_redteam": ("RedteamConfig",),
+    "config_report": ("ReportConfig", "CardConfig"),
     "config_tools": ("ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
 }
 

@@ -12,7 +12,8 @@ from hpsafety.demo import BUDGETS, DEMO, budgets
 from hpsafety.demo_parts import choose_pairs
 from hpsafety.model.io import save_model
 from hpsafety.pipeline_file import read_pipeline
-from hpsafety.report.demo import comparison, printable, show_table
+from hpsafety.report.demo import comparison, show_table
+from hpsafety.report.text import printable
 from tests.stages.conftest import TEMPLATE, tiny_tokenizer, write_tokenizer
 from tests.tiny import tiny_model
 

@@ -9,7 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each room of the package stands on. Rooms of one line never import each other; those of the last line may.
 LAYERS = [
     {"errors", "files", "config"},
-    {"config_audit", "config_gatt", "config_ppo", "config_sampling", "config_scaling", "config_tools"},
+    {
+        "config_audit", "config_gatt", "config_ppo", "config_report", "config_sampling", "config_scaling",
+        "config_tools",
+    },
     {"config_distill", "config_eval", "config_pipeline", "config_redteam"},
     {"reference", "triton_kernels", "_C"},
     {"cuda_kernels"},  # of triton_kernels it takes attention_tiles, which knows nothing of Triton

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from hpsafety.report.text import printable
+
 WANTED = {  # key of eval.json -> (what the table calls it, what is wanted)
     "refused/adversarial": ("refused, adversarial", "high"),
     "false_refusal/borderline": ("refused, borderline", "low"),
@@ -72,8 +74,3 @@ def show_table(evals: dict[str, dict]) -> None:
         arrow = "↑" if wanted == "high" else "↓"
         table.add_row(f"{measure} {arrow}", *(value.replace(" (", "\n(") for value in values))
     Console().print(table)
-
-
-def printable(text: str) -> str:
-    """Text without control and bidirectional characters, so that a model's answer cannot steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
