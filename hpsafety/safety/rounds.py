@@ -1,8 +1,8 @@
 """Earlier red-team rounds: their chain of figures, their finds, and their violations as they are asked again (RT-2).
 
 A replay asks the stored user turns in their order, with the stored decoding settings and the same key for every draw:
-the model that violated would answer the same again, word for word. Of a dialogue of several turns the new model's own
-answers stand in between.
+the model that violated would answer the same again, as far as products do not depend on the batch. Of a dialogue of
+several turns the new model's own answers stand in between.
 """
 
 import json

@@ -1,5 +1,7 @@
 """hpsafety redteam end to end on a tiny model: rounds that follow one another. The bug this file must catch: a replay
 that asks something else than what was asked, or a find that stays in the red-team split.
+
+over 400 lines: one command end to end, and its tests share two rounds.
 """
 
 import dataclasses
