@@ -62,7 +62,7 @@ def _read(path: Path) -> Round:
             path, "holds no finished red-team round; --previous takes what hpsafety redteam wrote"
         )
     for name in FILES:
-        if not (path / name).is_file() or manifest["output_hashes"].get(name) != sha256(path / name):
+        if not (path / name).is_file() or manifest.get("output_hashes", {}).get(name) != sha256(path / name):
             raise file_error(
                 path / name, "is not what its round wrote (manifest.json has its hash); restore the file"
             )
