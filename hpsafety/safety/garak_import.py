@@ -3,7 +3,7 @@
 Read by form: a JSON line with `entry_type: "attempt"` is one of a report; one with `prompt` and `probe` is a hit. A
 prompt is text, a message {text}, or a conversation {turns: [{role, content: {text}}]}, as garak's versions wrote it.
 Of a conversation the user's turns are asked, with the model's own answers in between. A .json file holds a list of
-texts, or {"entries": [{"conversation": [...], "payload": ...}]}; a .txt file has a prompt a line.
+texts, {"payloads": [texts]}, or {"entries": [{"conversation": [...], "payload": ...}]}; a .txt file, lines.
 
 garak knows vectors and categories by its probes' names only; VECTORS and CATEGORIES_BY_PROBE say which become which.
 What they do not name is `other`, and `illicit`.
@@ -167,9 +167,9 @@ def _data_prompts(path: Path, kind: str) -> Iterator[tuple]:
                 yield path.stem, None, (line.strip(),)
         return
     value, where = parse_json(text, (path, None)), (path, None)
-    entries = value.get("entries") if isinstance(value, dict) else value
+    entries = value.get("entries", value.get("payloads")) if isinstance(value, dict) else value
     if not isinstance(entries, list):
-        raise file_error(path, "expected a list of prompts, or an object with `entries`")
+        raise file_error(path, "expected a list of prompts, or an object with `entries` or `payloads`")
     for number, entry in enumerate(entries):
         if isinstance(entry, str):
             prompt = entry

@@ -1,8 +1,8 @@
 """Earlier red-team rounds: their chain of figures, their finds, and their violations as they are asked again (RT-2).
 
 A replay asks the stored user turns in their order, with the stored decoding settings and the same key for every draw:
-the model that violated would answer the same again, word for word. Of a dialogue of several turns the new model's own
-answers stand in between.
+the model that violated would answer the same again, as far as products do not depend on the batch. Of a dialogue of
+several turns the new model's own answers stand in between.
 """
 
 import json
@@ -62,7 +62,7 @@ def _read(path: Path) -> Round:
             path, "holds no finished red-team round; --previous takes what hpsafety redteam wrote"
         )
     for name in FILES:
-        if not (path / name).is_file() or manifest["output_hashes"].get(name) != sha256(path / name):
+        if not (path / name).is_file() or manifest.get("output_hashes", {}).get(name) != sha256(path / name):
             raise file_error(
                 path / name, "is not what its round wrote (manifest.json has its hash); restore the file"
             )
