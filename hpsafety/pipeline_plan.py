@@ -96,26 +96,27 @@ def measured(pipeline: Pipeline, sizes: Sizes) -> Machine:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted)
     dtype, _ = precision.choose(pipeline.precision, device)
-    config = largest(pipeline, sizes)
-    shapes = gemm_limit.shapes(config, 1, 1, MEASURED_ROWS)
-    rate = gemm_limit.combine(shapes, gemm_limit.measure(shapes, dtype, str(device))) * GB
+    config, rate = largest(pipeline, sizes), GB  # without a model nothing is computed at any rate
+    if config is not None:
+        shapes = gemm_limit.shapes(config, 1, 1, MEASURED_ROWS)
+        rate = gemm_limit.combine(shapes, gemm_limit.measure(shapes, dtype, str(device))) * GB
+    bandwidth = copied(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"this machine, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    figures = f"measured: {rate / GB:,.0f} GFLOP/s, {bandwidth / GB:,.1f} GB/s"
     return Machine(
-        f"{name}, measured: {rate / GB:,.0f} GFLOP/s, {copied(device) / GB:,.1f} GB/s", rate, copied(device),
+        f"{name}, {figures}", rate, bandwidth,
         free_memory(device), Place(dtype, int(os.environ.get("WORLD_SIZE", 1)), device.type == "cpu"),
         training=0.70, forward=0.70, streaming=0.70, disk=0.5 * GB, text=3e6, overhead=OVERHEAD["here"],
     )  # fmt: skip
 
 
-def largest(pipeline: Pipeline, sizes: Sizes) -> LlamaConfig:
+def largest(pipeline: Pipeline, sizes: Sizes) -> LlamaConfig | None:
     """The largest model a stage trains or asks."""
     found = [config for stage in pipeline.stages if (config := sizes.of(stage, "model")) is not None]
-    if not found:
-        raise InputError(f"{pipeline.file}: no stage has a model; there is nothing to plan the time of")
-    return max(found, key=num_parameters)
+    return max(found, key=num_parameters, default=None)
 
 
 def copied(device: torch.device) -> float:
@@ -222,6 +223,7 @@ def totals(machine: Machine, lines: list[Line]) -> list[str]:
 def show_plan(pipeline: Pipeline, standings: dict[str, Standing]) -> None:
     """The plan: a table on a terminal, tab-separated lines elsewhere, the totals below on stderr."""
     machine, lines = make_plan(pipeline, standings)
+    print(f"{pipeline.title}: {len(pipeline.stages)} stages, to {pipeline.out}", file=sys.stderr, flush=True)
     head = ("stage", "command", "status", "needs", "tokens", "time", "memory")
     rows = [cells(line, machine) for line in lines]
     if sys.stdout.isatty():

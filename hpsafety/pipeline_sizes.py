@@ -2,7 +2,9 @@
 the stage that will write them, else as the file's [plan] table says."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from hpsafety.data.chat import encode_prompt, encode_response
@@ -15,6 +17,7 @@ from hpsafety.model.io import SMOLLM2, describe_model
 from hpsafety.pipeline_file import Pipeline, Stage, references
 from hpsafety.pipeline_state import values_of
 
+READ = 20_000  # rows of a file that are looked at
 COUNTED = 200  # rows of a file whose tokens are counted, evenly spread; the others are taken to be like them
 CHARACTERS = 4  # of a token, where there is no tokenizer to ask
 
@@ -82,9 +85,10 @@ class Sizes:
             return self.shape(*trained_from(self.stages[refs[0]]))
         if self.plan["shape"] is not None:
             return SHAPES[self.plan["shape"]]
-        raise file_error(
-            self.file, f"no such model {path!r}; say its shape in [plan]: shape = or models = {{}}"
-        )
+        try:
+            return self.described(path)[0]
+        except InputError as error:
+            raise file_error(self.file, f"{error}; for a plan without it say its shape in [plan]") from None
 
     def of(self, stage: Stage, field: str) -> LlamaConfig | None:
         """The shape of the model in a field of a stage; None where the field names none."""
@@ -132,6 +136,8 @@ class Sizes:
         if refs and not Path(path).is_file():
             maker = self.stages[refs[0]]
             return self.selection(maker) if maker.run == "select" else UNKNOWN
+        if Path(path).exists() and stage.run == "audit":  # a corpus is not read for a plan
+            return Rows(1, bytes_of(path) / CHARACTERS, 0, size=bytes_of(path), assumed=True)
         if Path(path).exists():
             return count_rows(path, self.tokenizer(stage))
         return UNKNOWN
@@ -160,14 +166,29 @@ def trained_from(stage: Stage) -> tuple[str, str]:
 
 
 def count_rows(path: str, tokenizer) -> Rows:
-    """Rows of a file, and the tokens of some of them. An audit's text files count as one row of text."""
-    place = Path(path)
-    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
+    """Rows of a file, and the tokens of some of them. Where there is more than READ rows, the others are reckoned from
+    the file's size; what is no record at all counts as one row of text."""
+    size = bytes_of(path)
     try:
-        rows = [row for _, row in raw_rows(path)]
+        rows = [row for _, row in islice(raw_rows(path), READ)]
+        found = measure_rows(rows, tokenizer, size)
     except (InputError, OSError):
         return Rows(1, size / CHARACTERS, 0, size=size, assumed=True)
+    if len(rows) < READ:
+        return found
+    each = sum(len(json.dumps(row, ensure_ascii=False).encode()) + 1 for row in rows) / len(rows)
+    return dataclasses.replace(found, count=max(READ, int(size / each)), assumed=True)
+
+
+def bytes_of(path: str) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    place = Path(path)
+    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def measure_rows(rows: list[dict], tokenizer, size: int) -> Rows:
+    """Mean tokens of rows, from COUNTED of them."""
     some = rows[:: max(1, len(rows) // COUNTED)]
     prompts = [length(tokenizer, row.get("prompt") or row.get("text") or "", True) for row in some]
     answers = [

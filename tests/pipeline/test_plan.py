@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hpsafety import cli
+from hpsafety import cli, pipeline_sizes
 from hpsafety.data.chat import encode_dialogue
 from hpsafety.model.io import load_model
 from hpsafety.pipeline_file import read_pipeline
@@ -27,6 +27,26 @@ def test_a_plan_writes_nothing(file, capsys):
     ]  # fmt: skip
     assert "4 of 4 stages to do: about" in told.err and "measured" in told.err
     assert not (file.parent / "out").exists()
+
+
+def test_a_plan_without_a_model(tmp_path):
+    """Stages that compute nothing can be planned, and run, too."""
+    path = tmp_path / "a.toml"
+    path.write_text('[[stage]]\nname = "a"\nrun = "select"\ndata = ["{demo}/train.jsonl"]\n')
+    assert cli.main(["pipeline", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "a" / "rows.jsonl").exists()
+
+
+def test_rows_beyond_those_that_are_read(tmp_path, monkeypatch):
+    """A large file is reckoned from its size."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "abcd" * 10, "response": "abcd"}) + "\n" for _ in range(500))
+    )
+    exact = pipeline_sizes.count_rows(str(path), None)
+    assert (exact.count, exact.prompt, exact.answer) == (500, 11, 2)
+    monkeypatch.setattr(pipeline_sizes, "READ", 50)
+    assert pipeline_sizes.count_rows(str(path), None).count == pytest.approx(500, rel=0.02)
 
 
 @pytest.mark.parametrize("size", ["7b", "70b"])

@@ -26,10 +26,10 @@ from hpsafety.safety.redteam_page import show_tables, write_page
 from hpsafety.safety.rounds import preference_pairs
 from hpsafety.safety.talk_job import user_texts
 from hpsafety.stages import redteam
+from tests.hostile import HOSTILE, Tags
 from tests.stages.conftest import write_tokenizer
 from tests.stages.interrupt import stop_at
 from tests.stages.ranks import run_on_two_ranks
-from tests.test_demo import HOSTILE, Tags
 from tests.tiny import tiny_model
 
 HERE = "tests.stages.test_redteam"
