@@ -10,7 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "files", "config"},
     {
-        "config_audit", "config_gatt", "config_ppo", "config_report", "config_sampling", "config_scaling",
+        "config_audit",
+        "config_gatt",
+        "config_ppo",
+        "config_report",
+        "config_sampling",
+        "config_scaling",
         "config_tools",
     },
     {"config_distill", "config_eval", "config_pipeline", "config_redteam"},

@@ -49,7 +49,9 @@ def markdown(title: str, unfit: str | None, sections: list[Section], header: dic
     for section in sections:
         out += [f"## {escaped(section.title)}", ""]
         for field in section.fields:
-            out.append(f"- {code(field.name)}" if isinstance(field.name, Data) else f"- **{escaped(field.name)}**")
+            out.append(
+                f"- {code(field.name)}" if isinstance(field.name, Data) else f"- **{escaped(field.name)}**"
+            )
             out += [f"  - {''.join(map(_piece, parts)).strip()}" for parts in field.lines]
         out.append("")
     return "\n".join(out)

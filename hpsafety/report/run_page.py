@@ -185,7 +185,7 @@ def unique_ids(body: list[tuple]) -> list[tuple]:
         for part in parts:
             if part.svg:
                 count += 1
-                svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{count}-", part.svg)
+                svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{count}-", str(part.svg))
                 part = replace(part, svg=Markup(svg))
             kept.append(part)
         out.append((title, anchor, kept, why))

@@ -49,8 +49,9 @@ def prompts(n: int, hostile: str = "") -> list[dict]:
     for part in SETS:
         for i in range(n):
             risky = {"category": ("illicit", "hateful")[i % 2], "attack": ("logic", "semantic", "other")[i % 3]}
-            rows.append({"id": f"{part}-{i}", "set": part, "prompt": f"{part} question {i} {hostile if i == 0 else ''}"}
-                        | (risky if part == "adversarial" else {}))  # fmt: skip
+            text = f"{part} question {i} ({part[0]}{i}only) {hostile if i == 0 else ''}"
+            row = {"id": f"{part}-{i}", "set": part, "prompt": text}
+            rows.append(row | (risky if part == "adversarial" else {}))
     return rows
 
 
@@ -63,7 +64,8 @@ def evaluation(folder, model: str, shares, n: int, hostile: str = "", minute: in
         answers.append(row | {"responses": [f"{text} {hostile if row['id'].endswith('-0') else ''}"]})
         value = min(0.99, max(0.01, rng.gauss(shares[3], 0.1)))
         scores.append({"id": row["id"], "safety": [value], "helpful": [1 - value]})
-    for part, key in zip(SETS, ("refused/adversarial", "false_refusal/borderline", "false_refusal/helpful"), strict=True):
+    keys = ("refused/adversarial", "false_refusal/borderline", "false_refusal/helpful")
+    for part, key in zip(SETS, keys, strict=True):
         own = {name: v for name, v in refused.items() if name.startswith(part)}
         columns[key] = Column("judge_refusal (rules on the text)", "rate", own)
     bad = {row["id"]: 1 - refused[row["id"]] for row in asked if row["set"] == "adversarial"}
