@@ -32,7 +32,7 @@ def trade_off(points: list[dict]) -> str:
 def plane(points: list[dict], up: str, ylabel: str, words: str, aim: tuple[float, float]) -> str:
     """One numbered point per model and harmless set: measure `up` (in %) against refused harmless prompts; '' without
     a point. aim: where a good model stands."""
-    fig, axes = figure(6.4, 4.8)
+    fig, axes = figure(7.6, 5.2)
     places, numbers, told = [], [], []
     for kind, mark in MARKS.items():
         kept = [i for i, p in enumerate(points) if has(p.get(kind)) and has(p.get(up))]

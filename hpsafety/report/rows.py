@@ -103,7 +103,7 @@ def _audit(stage: Stage) -> list[Number]:
         return found
 
     toxic = at("toxicity", "share")
-    toxic = measure(toxic) | {"n": number(toxic.get("of")) if isinstance(toxic, dict) else None}
+    toxic = measure(toxic | {"n": toxic.get("of")} if isinstance(toxic, dict) else None)
     out = _plain(stage, "audit/documents", {"value": number(at("corpus", "counts", "documents"))}, "count")
     english = {"value": number(at("corpus", "counts", "english_documents"))}
     out += _plain(stage, "audit/english documents", english, str(at("tools", "language")))

@@ -82,7 +82,7 @@ def groups_figure(models: list[tuple[str, dict]], facet: str, title: str) -> str
     """Violations by category, attack vector or turns, a bar with its interval per model. The legend is the order."""
     prefix = f"violation/{facet}/"
     names = list(dict.fromkeys(k for _, m in models for k in m if k.startswith(prefix) and has(m[k])))
-    if not names:
+    if len(names) < 2:  # one group is the whole
         return ""
     shown = [(place, name, m) for place, (name, m) in enumerate(models) if any(has(m.get(k)) for k in names)]
     height = 0.8 / len(shown)
@@ -93,7 +93,7 @@ def groups_figure(models: list[tuple[str, dict]], facet: str, title: str) -> str
         ax.barh(
             [y + (row + 0.5) * height - 0.4 for y, _ in kept], [100 * m["value"] for _, m in kept], height * 0.9,
             xerr=list(zip(*(spread(m, 100) for _, m in kept), strict=True)), color=colours(len(models))[place],
-            ecolor=INK, label=label(name), error_kw={"alpha": 0.6, "elinewidth": 0.8, "capsize": 2},
+            ecolor=colours(len(models))[place], label=label(name), error_kw={"elinewidth": 1.4, "capsize": 3},
         )  # fmt: skip
         told = ", ".join(f"{names[y].removeprefix(prefix)} {100 * m['value']:.0f}%" for y, m in kept)
         words.append(f"{name}: {told}")
@@ -101,7 +101,14 @@ def groups_figure(models: list[tuple[str, dict]], facet: str, title: str) -> str
     ticks = [f"{label(k.removeprefix(prefix), 24)} (n {n[k]})" for k in names]
     ax.set_yticks(range(len(names)), ticks, fontsize=8)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 100), xlabel=f"violations by {title}, %")
-    ax.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    ax.legend(
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=min(5, len(shown)),
+    )
     return to_svg(fig, f"Violations by {title}. {'; '.join(words)}.")
 
 

@@ -48,7 +48,10 @@ def prompts(n: int, hostile: str = "") -> list[dict]:
     rows = []
     for part in SETS:
         for i in range(n):
-            risky = {"category": ("illicit", "hateful")[i % 2], "attack": ("logic", "semantic", "other")[i % 3]}
+            risky = {
+                "category": ("illicit", "hateful")[i % 2],
+                "attack": ("logic", "semantic", "other")[i % 3],
+            }
             text = f"{part} question {i} ({part[0]}{i}only) {hostile if i == 0 else ''}"
             row = {"id": f"{part}-{i}", "set": part, "prompt": text}
             rows.append(row | (risky if part == "adversarial" else {}))
@@ -88,7 +91,13 @@ def evaluation(folder, model: str, shares, n: int, hostile: str = "", minute: in
 
 def redteam(folder, hostile: str = "") -> None:
     rate = {"value": 0.25, "n": 40, "low": 0.14, "high": 0.40, "count": 10, "judge": f"rule {hostile}"}
-    gamma = {"value": 3.0, "attempts_per_hour": 12, "attempts": 40, "hours": 3.33, "label": f"automatic {hostile}"}
+    gamma = {
+        "value": 3.0,
+        "attempts_per_hour": 12,
+        "attempts": 40,
+        "hours": 3.33,
+        "label": f"automatic {hostile}",
+    }
     rounds = [{"round": 1, "model": "m", "gamma_auto": 6.0, "violations": rate | {"value": 0.5}, "rejection": None},
               {"round": 2, "model": "m", "gamma_auto": 3.0, "violations": rate, "rejection": rate}]  # fmt: skip
     by = [{"vector": f"logic{hostile}", "category": "illicit", "n": 40, "violations": 10}]
@@ -103,7 +112,10 @@ def make_run(path, n: int = 12, hostile: str = "", shift: float = 0.0, size: int
     write(path / "sft" / "metrics.jsonl", rows)
     manifest(path / "sft", "sft", {"model": f"base{hostile}", "note": hostile}, minute=1)
     accuracy = {"count": 40, "total": 48, "value": 40 / 48, "low": 0.7, "high": 0.91}
-    write(path / "reward-safety" / "report.json", {"kind": "safety", "held_out": {"accuracy": {"all": accuracy}}})
+    write(
+        path / "reward-safety" / "report.json",
+        {"kind": "safety", "held_out": {"accuracy": {"all": accuracy}}},
+    )
     manifest(path / "reward-safety", "reward", {"model": "base", "kind": "safety"}, ["report.json"], 5)
     ppo = [{"step": i, "iteration": i, "loss": 0.1, "reward": 0.5 + i / 10, "reward_safety": 0.6, "reward_helpful": 0.4,
             "kl": i / 100, "length": 30.0} for i in range(1, 5)]  # fmt: skip

@@ -49,7 +49,9 @@ def test_card_1_every_field_is_there(run, tmp_path):
                 found = lines_of(text, section, field)
                 assert found and all(line.removeprefix("  - ").strip() for line in found), field
     assert lines_of(text, "Training data", "Freshness") == ["  - not measured"]
-    text = card(run, "--license", "apache-2.0", "--contact", "us", "--cutoff", "2024", "--languages", "en", "de")
+    text = card(
+        run, "--license", "apache-2.0", "--contact", "us", "--cutoff", "2024", "--languages", "en", "de"
+    )
     assert lines_of(text, "Model details", "License") == ["  - `apache-2.0`"]
     assert lines_of(text, "Ethics and limits", "Languages tested") == ["  - `en, de`"]
 
@@ -58,7 +60,9 @@ def test_card_2_each_number_has_its_manifest_and_the_bytes_are_the_same(run):
     text = card(run)
     html = (run / "card" / "card.html").read_bytes()
     pipeline = json.loads((run / "pipeline.json").read_text())
-    (run / "pipeline.json").write_text(json.dumps(pipeline | {"ended": "later"}))  # its clock is not the card's
+    (run / "pipeline.json").write_text(
+        json.dumps(pipeline | {"ended": "later"})
+    )  # its clock is not the card's
     assert card(run) == text and (run / "card" / "card.html").read_bytes() == html
     hashes = {stage.hash for stage in collect(run).stages if stage.hash}
     results = re.search(r"^## Evaluation results\n(.*?)^## ", text, re.S | re.M)[1]
@@ -89,7 +93,9 @@ def test_card_4_stages_and_fitness(run, tmp_path):
     assert lines_of(text, "Stages run, skipped and substituted", "corpus audit .AUD.") == ["  - skipped"]
     large = make_run(tmp_path / "large", n=2, size=700_000_000)
     assert "Not fit for deployment" not in card(large)
-    (large / "pipeline.json").write_text((large / "pipeline.json").read_text().replace("# ", "data = '{demo}/x'"))
+    (large / "pipeline.json").write_text(
+        (large / "pipeline.json").read_text().replace("# ", "data = '{demo}/x'")
+    )
     assert "Not fit for deployment" in card(large)
 
 

@@ -44,7 +44,9 @@ def test_the_card_is_no_part_of_a_run(run):
     assert "card" not in [s.name for s in collect(run).stages]
 
 
-@pytest.mark.parametrize("name", ["pipeline.json", "eval-sft/eval.json", "sft/manifest.json", "redteam/redteam.json"])
+@pytest.mark.parametrize(
+    "name", ["pipeline.json", "eval-sft/eval.json", "sft/manifest.json", "redteam/redteam.json"]
+)
 @pytest.mark.parametrize("content", ["", "[]", "{", "null", "[" * 100_000, '{"a": NaN}', "\ud800"])
 def test_a_broken_file_is_a_fault_and_no_exception(run, name, content):
     (run / name).write_bytes(content.encode("utf-8", "surrogatepass"))

@@ -61,7 +61,9 @@ def check_form(text: str) -> Page:
         assert tag != "th" or attrs["scope"] in ("row", "col")
         assert tag not in ("link", "iframe", "img", "form", "object", "embed", "base")
         assert not any(name.startswith("on") for name in attrs)
-        assert not str(attrs.get("src", attrs.get("href", "#"))).startswith(("http", "//", "javascript", "data"))
+        assert not str(attrs.get("src", attrs.get("href", "#"))).startswith(
+            ("http", "//", "javascript", "data")
+        )
     return page
 
 
@@ -83,9 +85,13 @@ def test_each_number_names_its_manifest(run, page):
 def test_a_figure_of_each_kind_and_what_is_missing(page):
     for words in ("refused adversarial prompts, % against", "Mean scores by stage", "Scores of the held-out answers",
                   "violations, % of adversarial prompts against", "Violations by category",
-                  "Violations by attack vector", "Red-team rounds", "PPO over 4 iterations", "Training losses"):  # fmt: skip
+                  "Violations by attack vector", "Red-team rounds", "PPO over 4 iterations",
+                  "Training losses"):  # fmt: skip
         assert f'aria-label="{words}' in page, words
-    assert "Not measured: no audit in this run." in page and "Not measured: no scaling study in this run." in page
+    assert (
+        "Not measured: no audit in this run." in page
+        and "Not measured: no scaling study in this run." in page
+    )
     assert "83 % (40/48" in page and "substituted: no larger model" in page
 
 
@@ -114,7 +120,9 @@ def test_hostile_text_is_harmless(tmp_path, capsys):
     text = (run / "report.html").read_text(encoding="utf-8")
     assert [tag for tag, _ in found.tags].count("script") == 1 and "<img" not in text and "</title>" in text
     for name in ("report.html", "report.csv", "samples.csv"):
-        assert not {"\x1b", "\x07", "\u202e", "\u2066", "\u2069"} & set((run / name).read_text(encoding="utf-8")), name
+        assert not {"\x1b", "\x07", "\u202e", "\u2066", "\u2069"} & set(
+            (run / name).read_text(encoding="utf-8")
+        ), name
     with open(run / "samples.csv", encoding="utf-8", newline="") as handle:
         assert not any(cell[:1] in "=+-@" for row in csv.reader(handle) for cell in row if cell)
     told = capsys.readouterr()
@@ -131,7 +139,9 @@ def test_a_line_of_a_megabyte_is_cut(tmp_path):
 def test_every_output_may_be_missing(tmp_path):
     """A stage without its files reads "not measured" (issue's bad input)."""
     run = make_run(tmp_path / "run", n=2)
-    for path in [p for p in run.rglob("*") if p.is_file() and p.name not in ("manifest.json", "pipeline.json")]:
+    for path in [
+        p for p in run.rglob("*") if p.is_file() and p.name not in ("manifest.json", "pipeline.json")
+    ]:
         path.unlink()
     check_form(report(run))
     shutil.rmtree(run / "sft")
@@ -175,7 +185,10 @@ def test_the_unpaired_difference_is_newcombes():
 @pytest.mark.parametrize("theme", ["light", "dark", "print"])
 def test_contrast(page, theme):
     """Every text colour on every ground it stands on: at least 4.5 to 1 (WCAG 2)."""
-    blocks = [dict(re.findall(r"--(\w+):\s*(#[0-9a-f]{3,6})", b)) for b in re.findall(r":root \{(.*?)\}", page, re.S)]
+    blocks = [
+        dict(re.findall(r"--(\w+):\s*(#[0-9a-f]{3,6})", b))
+        for b in re.findall(r":root \{(.*?)\}", page, re.S)
+    ]
     colours = blocks[0] | blocks[{"light": 0, "dark": 1, "print": 2}[theme]]
     for ink in ("ink", "dim", "link"):
         for ground in ("paper", "soft"):

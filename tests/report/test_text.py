@@ -17,7 +17,9 @@ def test_marks_that_steer_are_written_out():
 
 def test_a_long_text_is_cut_with_a_note():
     shown = text.visible(LONG)
-    assert len(shown) < text.MOST + 60 and shown.endswith(f"({len(LONG) - text.MOST:,} further characters cut)")
+    assert len(shown) < text.MOST + 60 and shown.endswith(
+        f"({len(LONG) - text.MOST:,} further characters cut)"
+    )
     assert text.visible("x" * text.MOST) == "x" * text.MOST
 
 
@@ -31,7 +33,9 @@ def test_no_cell_is_a_formula(tmp_path, start):
 
 def test_a_dialogue_has_its_roles():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, "odd"]
-    assert text.said(turns) == "user: a\nassistant: b" and text.said(turns[:1]) == "a" and text.said(None) == ""
+    assert (
+        text.said(turns) == "user: a\nassistant: b" and text.said(turns[:1]) == "a" and text.said(None) == ""
+    )
 
 
 def test_markdown_of_data_is_a_code_span():
