@@ -169,7 +169,7 @@ def test_early_stopping_keeps_the_best_pass(model_dir, data_file, tmp_path):
     trained = load_model(str(out / "model"))
     groups, _ = sft.build_groups(wrong, trained.tokenizer, 128)
     batch = pack(groups)
-    loss = float(trained.nll(batch, 1.0)) / batch.num_trained
+    loss = trained.nll(batch, 1.0).item() / batch.num_trained
     assert loss == pytest.approx(min(values), rel=1e-5)
 
 
