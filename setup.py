@@ -18,7 +18,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -184,12 +184,14 @@ def wanted() -> bool:
 
 if __name__ == "__main__":  # the mutation tests import the flags
     build = wanted()
+    packages = find_namespace_packages(include=["hpsafety", "hpsafety.*"], exclude=["*.__pycache__"])
     if build and not os.environ.get("CXX"):
         os.environ["CXX"] = compiler()
     setup(
-        # The folder stands beside csrc; its own name belongs to another package.
-        packages=[*find_packages(include=["hpsafety", "hpsafety.*"]), "hpsafety.triton_kernels"],
-        package_dir={"hpsafety.triton_kernels": "triton_kernels"},
+        # Most folders need no __init__.py. Two stand at the root and are the package's too: kernels beside csrc (their
+        # own name belongs to another package), and the pipelines that come with it.
+        packages=sorted({*packages, "hpsafety.triton_kernels", "hpsafety.configs"}),
+        package_dir={"hpsafety.triton_kernels": "triton_kernels", "hpsafety.configs": "configs"},
         ext_modules=extensions() if build else [],
         cmdclass={"build_ext": build_command() if build else build_ext},
     )

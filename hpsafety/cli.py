@@ -22,6 +22,16 @@ COMMANDS = {
         "DemoConfig",
         "hpsafety.demo:run",
     ),
+    "pipeline": (
+        "all stages of a TOML file in its order, resumable stage by stage; --plan for a dry run",
+        "PipelineConfig",
+        "hpsafety.pipeline:run",
+    ),
+    "select": (
+        "a seeded part of record files, the kinds in turn, within a budget of tokens",
+        "SelectConfig",
+        "hpsafety.stages.select:run",
+    ),
     "sft": (
         "supervised fine-tuning on demonstrations, helpful and safe mixed",
         "SFTConfig",
@@ -86,6 +96,11 @@ COMMANDS = {
         "violations beside false refusals, truthfulness, toxicity and bias of a checkpoint",
         "EvalConfig",
         "hpsafety.stages.evaluate:run",
+    ),
+    "redteam": (
+        "a red-team round: attacks on all vectors, judge, gamma, replay of earlier violations",
+        "RedteamConfig",
+        "hpsafety.stages.redteam:run",
     ),
     "report": (
         "one HTML file of all that a run measured; a second run stands beside it",

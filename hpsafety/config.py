@@ -23,8 +23,10 @@ _ELSEWHERE = {
     "config_distill": ("DistillConfig",),
     "config_audit": ("AuditConfig",),
     "config_eval": ("EvalConfig",),
+    "config_pipeline": ("PipelineConfig", "DemoConfig", "SelectConfig"),
+    "config_redteam": ("RedteamConfig",),
     "config_report": ("ReportConfig", "CardConfig"),
-    "config_tools": ("DemoConfig", "ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
+    "config_tools": ("ProfileConfig", "BenchConfig", "BenchCompareConfig", "PlanConfig"),
 }
 
 

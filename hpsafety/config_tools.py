@@ -1,43 +1,10 @@
-"""What demo, profile, bench and plan can be told; hpsafety.config hands them out with the others."""
+"""What profile, bench and plan can be told; hpsafety.config hands them out with the others."""
 
 import dataclasses
 import math
 from typing import Literal
 
-from hpsafety.config import Precision, option, require, require_at_least, require_device, require_seed
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DemoConfig:
-    """The whole pipeline, small, on the built-in model and data."""
-
-    out: str = option("directory for the model, the report and the logs", "demo-out")
-    seed: int = option("seed of the data subset and order", 0)
-    device: str = option("auto, cpu, cuda or cuda:N", "auto")
-    precision: Precision = option("bf16 only where it is faster when auto", "auto")
-    batch: int = option("examples per optimiser step", 4)
-    lr: float = option("peak learning rate; a cosine takes it to a tenth", 1e-4)
-    train_tokens: int = option("tokens to train on, at most", 12_000)
-    eval_prompts: int = option("held-out prompts asked per set, before and after", 60)
-    answer_tokens: int = option("tokens per answer, at most", 40)
-    reward_tokens: int = option("tokens each reward model is trained on, at most", 10_000)
-    held_pairs: int = option("held-out pairs each reward model is measured on, at most", 48)
-    k: int = option("answers per prompt in rejection sampling", 4)
-    reject_tokens: int = option("tokens of prompts and samples in rejection sampling, at most", 8_000)
-    ppo_tokens: int = option("tokens of prompts and samples in PPO, at most", 8_000)
-    distill_tokens: int = option("tokens of prompts and samples in distillation, at most", 8_000)
-    ppo_lr: float = option("learning rate of PPO's adapters, constant", 1e-4)
-
-    def __post_init__(self):
-        require(self, "out", bool(self.out), "a directory")
-        require_seed(self)
-        require_device(self)
-        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
-        require_at_least(self, 1, "batch", "train_tokens", "eval_prompts", "answer_tokens", "reward_tokens")
-        require_at_least(self, 1, "held_pairs", "k", "reject_tokens", "ppo_tokens", "distill_tokens")
-        for field in ("lr", "ppo_lr"):
-            value = getattr(self, field)
-            require(self, field, math.isfinite(value) and value > 0, "a number greater than 0")
+from hpsafety.config import option, require, require_at_least, require_device, require_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

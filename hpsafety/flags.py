@@ -71,24 +71,33 @@ def make_parser(config: type, prog: str, summary: str) -> argparse.ArgumentParse
     return parser
 
 
-def read_toml(path: str, config: type) -> dict:
-    """The values of a TOML file, keyed by field name. InputError names file and key."""
+def load_toml(path: str, hint: str = "") -> dict:
+    """The table of a TOML file. InputError names the file; hint: what it should have been."""
     import tomllib
 
     try:
         with open(path, "rb") as handle:
-            table = tomllib.load(handle)
+            return tomllib.load(handle)
     except OSError as error:
-        raise file_error(path, f"cannot be read: {error.strerror}; --config takes a TOML file") from None
+        raise file_error(path, f"cannot be read: {error.strerror}{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise file_error(path, f"is not valid TOML: {error}") from None
+
+
+def read_toml(path: str, config: type) -> dict:
+    """The values of a TOML file, keyed by field name. InputError names file and key."""
+    return table_values(path, load_toml(path, "; --config takes a TOML file"), config)
+
+
+def table_values(where: str, table: dict, config: type) -> dict:
+    """The values of a TOML table, keyed by field name. InputError starts with `where` and names the key."""
     hints = typing.get_type_hints(config)
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in hints:
-            raise file_error(path, f"unknown key {key!r}{_nearest(name, hints)}")
-        values[name] = _checked(path, key, value, *_form(hints[name]))
+            raise file_error(where, f"unknown key {key!r}{nearest(name, hints)}")
+        values[name] = _checked(where, key, value, *_form(hints[name]))
     return values
 
 
@@ -111,9 +120,16 @@ def _checked(path: str, key: str, value, kind: type, many: bool, choices: tuple 
     raise file_error(path, f"key {key!r} must be {expected}, got {value!r}")
 
 
-def _nearest(name: str, names) -> str:
+def missing_fields(config: type, values: dict):
+    """The fields that must be given and are not among `values`, in order."""
+    fields = dataclasses.fields(config)
+    return (f for f in fields if f.name not in values and f.default is dataclasses.MISSING)
+
+
+def nearest(name: str, names, what: str = "keys") -> str:
+    """What a wrong name may have meant, as the end of a message."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(names)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; known {what}: {', '.join(names)}"
 
 
 def _join_negatives(args: list[str]) -> list[str]:
@@ -143,10 +159,11 @@ def parse(config: type, prog: str, summary: str, args: list[str]):
     values = vars(given)
     path = values.pop("config", None)
     values = {**(read_toml(path, config) if path is not None else {}), **values}
+    missing = next(missing_fields(config, values), None)
+    if missing is not None:
+        name = missing.metadata["positional"] or flag(missing.name)
+        raise InputError(f"{name} is missing ({missing.metadata['help']}). See {prog} --help")
     for field in dataclasses.fields(config):
-        if field.name not in values and field.default is dataclasses.MISSING:
-            name = field.metadata["positional"] or flag(field.name)
-            raise InputError(f"{name} is missing ({field.metadata['help']}). See {prog} --help")
         if isinstance(values.get(field.name), list):
             values[field.name] = tuple(values[field.name])
     return config(**values)

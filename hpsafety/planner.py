@@ -28,7 +28,7 @@ def run(cfg) -> None:
     """cfg: a PlanConfig."""
     if not cfg.kernels:
         raise InputError(
-            "only --kernels so far; memory, time and cost of a stage on a cluster are not planned yet"
+            "only --kernels so far; for the time and memory of stages see hpsafety pipeline FILE.toml --plan"
         )
     if cfg.json is not None and not Path(cfg.json).resolve().parent.is_dir():
         raise InputError(f"--json {cfg.json}: {Path(cfg.json).resolve().parent} is no directory")

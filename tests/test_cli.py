@@ -148,7 +148,7 @@ def test_bad_config_file(tmp_path, capsys, text, expected):
         (["sft", *NEEDED, "--seed"], "--seed: expected one argument"),
         (["sft", *NEEDED, "--config", "absent.toml"], "absent.toml: cannot be read: No such file"),
         (["sft", "stray", *NEEDED], "unexpected argument 'stray'"),
-        (["demo", "--answer-tokens", "0"], "--answer-tokens must be at least 1"),
+        (["demo", "--eval-prompts", "0"], "--eval-prompts must be at least 1"),
         (["ops", "--all"], "unexpected argument '--all'"),
         (
             ["reject", *NEEDED, *JUDGES, "--kv-memory", "lots"],

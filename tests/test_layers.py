@@ -18,7 +18,7 @@ LAYERS = [
         "config_scaling",
         "config_tools",
     },
-    {"config_distill", "config_eval"},
+    {"config_distill", "config_eval", "config_pipeline", "config_redteam"},
     {"reference", "triton_kernels", "_C"},
     {"cuda_kernels"},  # of triton_kernels it takes attention_tiles, which knows nothing of Triton
     {"ops"},
@@ -28,6 +28,11 @@ LAYERS = [
     {"stages"},
     {
         "pipeline",
+        "pipeline_file",
+        "pipeline_plan",
+        "pipeline_sizes",
+        "pipeline_state",
+        "pipeline_work",
         "planner",
         "report",
         "demo",

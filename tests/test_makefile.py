@@ -229,3 +229,29 @@ def test_ci_runs_the_tests(tmp_path):
         }  # make runs us
         done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True, env=env)
         assert (done.returncode, done.stdout) == (code, out), done.stderr
+
+
+def test_an_installed_package_is_whole(tmp_path):
+    """Every Python file, those of triton_kernels/ too, and the pipelines of configs/ are in what setup.py builds."""
+    out = tmp_path / "lib"
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        str(tmp_path),
+        "build_py",
+        "--build-lib",
+    ]
+    subprocess.run(
+        [*command, str(out)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"HPSAFETY_NO_EXT": "1"},
+    )
+    wanted = {p.relative_to(ROOT) for p in (ROOT / "hpsafety").rglob("*.py")}
+    wanted |= {Path("hpsafety") / p.relative_to(ROOT) for p in (ROOT / "triton_kernels").rglob("*.py")}
+    wanted |= {Path("hpsafety") / p.relative_to(ROOT) for p in (ROOT / "configs").glob("*.toml")}
+    assert len(wanted) > 100 and not {path for path in wanted if not (out / path).is_file()}

@@ -54,6 +54,16 @@ def load_model(path, dtype: torch.dtype = torch.float32, device="cpu") -> Llama:
     return model
 
 
+def describe_model(path) -> tuple[LlamaConfig, Tokenizer | None]:
+    """(config, tokenizer or None) of a model as load_model takes it, without its weights. Raises InputError."""
+    path = locate(path)
+    if path.is_dir():
+        fields = read_json(path / "config.json")
+        return from_hf(fields, path / "config.json"), load_tokenizer(path, _generation(path, fields))
+    config, _, tokenizer, _ = read_gguf(path)
+    return config, tokenizer
+
+
 def read_directory(path: Path, dtype: torch.dtype, device, extra: tuple[str, ...] = ()):
     """(config, tokenizer or None, generation_config, parameters by our names, tensors named in extra).
 

@@ -1,106 +1,76 @@
-"""The demo's table on the terminal and its report.html."""
+"""What a pipeline says on the terminal when it ends: a table of its evaluations, and where things lie."""
 
+import json
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-
-from hpsafety.files import atomic_write
-from hpsafety.report.figures import loss_curves, score_figure, trade_off
 from hpsafety.report.text import printable
-from hpsafety.safety import distill_page, eval_page, ppo_page
-from hpsafety.safety.intervals import Rate
-from hpsafety.safety.measure import JUDGED
-from hpsafety.safety.rejection_page import curves_figure
 
-WANTED = {"adversarial": "refuse: high", "borderline": "answer: low", "helpful": "answer: low"}
-PPO_ROWS = (
-    "reward",
-    "reward_safety",
-    "reward_helpful",
-    "share_safety",
-    "kl",
-    "ratio_max_first",
-    "clip_fraction",
-    "length",
-)
+WANTED = {  # key of eval.json -> (what the table calls it, what is wanted)
+    "refused/adversarial": ("refused, adversarial", "high"),
+    "false_refusal/borderline": ("refused, borderline", "low"),
+    "false_refusal/helpful": ("refused, helpful", "low"),
+    "violation": ("violations", "low"),
+    "safety_score/adversarial": ("safety score, adversarial", "high"),
+    "helpful_score/helpful": ("helpful score, helpful", "high"),
+    "helpful_score/borderline": ("helpful score, borderline", "high"),
+}
 
 
-def comparison(result: dict, short: bool = False) -> list[tuple[str, ...]]:
-    """(measure, wanted, one value per model) rows of a demo result. short: rates without their counts."""
-    models = result["models"]
-    rows = [("loss per response token", "low", *(f"{m['loss']:.3f}" for m in models))]
-    for name, wanted in WANTED.items():
-        rates = (_rate(m["refused"][name], short) for m in models)
-        rows.append((f"refused, {name} prompts", wanted, *rates))
-    for judge, name in JUDGED:
-        means = (f"{sum(m['scores'][name][judge]) / len(m['scores'][name][judge]):.3f}" for m in models)
-        rows.append((f"{judge} score, {name} prompts", "high", *means))
+def comparison(evals: dict[str, dict]) -> list[tuple[str, ...]]:
+    """(measure, wanted, one value per evaluation) rows.
+
+    evals  name -> eval.json, in the order of the columns; a measure that none of them took is left out
+    """
+    rows = []
+    for key, (name, wanted) in WANTED.items():
+        entries = [found.get(key) for found in evals.values()]
+        if any(entry and entry["value"] is not None for entry in entries):
+            rows.append((name, wanted, *map(cell, entries)))
     return rows
 
 
-def _rate(fields: dict, short: bool) -> str:
-    rate = Rate(**fields)
-    return f"{100 * rate.value:.0f} % ({100 * rate.low:.0f}-{100 * rate.high:.0f})" if short else str(rate)
+def cell(entry: dict | None) -> str:
+    """A rate in per cent with its 95 % interval, or a mean, whose interval stands in the evaluation's own report."""
+    if entry is None or entry["value"] is None:
+        return "not measured"
+    if entry.get("kind") == "rate":
+        return f"{100 * entry['value']:.0f} % ({100 * entry['low']:.0f}-{100 * entry['high']:.0f})"
+    return f"{entry['value']:.3f}"
 
 
-def judge_rows(result: dict) -> list[tuple[str, str, str]]:
-    """(reward model, pairs trained on, accuracy on held-out pairs) rows."""
-    return [
-        (kind, str(report["data"]["examples"] - report["held_out"]["pairs"]),
-         str(Rate(**report["held_out"]["accuracy"]["all"])))
-        for kind, report in result["judges"].items()
-    ]  # fmt: skip
+def show_end(pipeline, state: dict) -> None:
+    """The table on stdout, the paths and the time on stderr."""
+    from hpsafety.train.metrics import say
+
+    evals = {
+        stage.name.removeprefix("eval-"): json.loads((stage.out / "eval.json").read_text(encoding="utf-8"))
+        for stage in pipeline.stages
+        if stage.run == "eval"
+    }
+    if evals:
+        show_table(evals)
+    trained = [stage for stage in pipeline.stages if (stage.out / "model").is_dir()]
+    say(f"\n{pipeline.out / 'pipeline.json'}: every stage, its settings, its seconds")
+    for what, path in (
+        ("last model", trained[-1].out / "model" if trained else None),
+        ("report", pipeline.out / "report.html"),
+        *((f"{stage.name}", stage.out / "card.md") for stage in pipeline.stages if stage.run == "card"),
+    ):
+        if path is not None and Path(path).exists():
+            say(f"{what}: {path}")
+    say(f"{sum(entry['seconds'] for entry in state['stages']):.0f} s in all stages")
 
 
-def terminal_tables(result: dict) -> None:
-    """The table of all models and their answers side by side, on stdout; model text is printed without control
-    characters."""
+def show_table(evals: dict[str, dict]) -> None:
+    """Every evaluation a column; a value stands above its interval, so that 80 columns hold five."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    console, names = Console(), [m["name"] for m in result["models"]]
-    table = Table(title="before and after (95 % intervals; ↑ high is wanted, ↓ low)")
-    table.add_column("held out")
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for measure, wanted, *values in comparison(result, short=True):
-        arrow = "↑" if wanted.endswith("high") else "↓"
-        stacked = (
-            value.replace(" (", "\n(") for value in values
-        )  # a rate above its interval: 80 columns hold five
-        table.add_row(f"{measure.removesuffix(' prompts')} {arrow}", *stacked)
-    console.print(table)
-    pairs = Table("reward model", "pairs", "held-out accuracy")
-    for row in judge_rows(result):
-        pairs.add_row(*row)
-    console.print(pairs)
-    answers = Table("question", *names, title="answers, cut short", show_lines=True)
-    for s in result["samples"]:
-        question = s["prompt"] if isinstance(s["prompt"], str) else s["prompt"][-1]["content"]
-        cells = (f"[{s['set']}] {question}", *(f"({a['verdict']}) {a['text']}" for a in s["answers"]))
-        answers.add_row(*(Text(printable(cell)) for cell in cells))
-    console.print(answers)
-
-
-def write_report(result: dict, path: Path) -> None:
-    """One self-contained HTML file; every text is escaped, and its policy forbids scripts and the network."""
-    environment = Environment(loader=PackageLoader("hpsafety", "report"), autoescape=True)
-    models = result["models"]
-    losses = {
-        name: rows for name, rows in result["metrics"].items() if name != "ppo"
-    }  # its loss need not fall
-    ends = [row for row in ppo_page.ends(result["metrics"]["ppo"]) if row[0] in PPO_ROWS]
-    page = environment.get_template("demo.html").render(
-        title="Making a small chat model safer, step by step", result=result, table=comparison(result, short=True),
-        names=[m["name"] for m in models], judges=judge_rows(result), last=result["metrics"]["sft"][-1],
-        trade_off=Markup(trade_off([{"name": m["name"], **m["refused"]} for m in models])),
-        scores=Markup(score_figure(models, JUDGED[:2])), loss_curves=Markup(loss_curves(losses)),
-        curves=Markup(curves_figure(result["best_of_k"]["iterations"])),
-        evaluation=[row for row in eval_page.headline_rows(result["eval"]) if row["n"]],
-        arms=distill_page.rows(result["distill"]["arms"]), decided=distill_page.decided(result["distill"]),
-        ppo_curves=Markup(ppo_page.curves_figure(result["metrics"]["ppo"])), ppo_ends=ends,
-    )  # fmt: skip
-    with atomic_write(path) as handle:
-        handle.write(page)
+    table = Table(title="held-out questions after each stage (95 % intervals; ↑ high is wanted, ↓ low)")
+    table.add_column("")
+    for name in evals:
+        table.add_column(printable(name), no_wrap=True)
+    for measure, wanted, *values in comparison(evals):
+        arrow = "↑" if wanted == "high" else "↓"
+        table.add_row(f"{measure} {arrow}", *(value.replace(" (", "\n(") for value in values))
+    Console().print(table)

@@ -172,7 +172,7 @@ def _phases(cfg, policy, judges, roles, size, frozen, longest, kv_memory, ranks)
     """What each phase takes beside what is held throughout."""
     tokens, several = micro_batch(cfg, longest, ranks)
     in_turn = {name: role.in_turn for name, role in roles.items()}
-    gathered = _gathered(policy, size) if ranks > 1 and not cfg.lora_rank else 0
+    gathered = gathered_bytes(policy, size) if ranks > 1 and not cfg.lora_rank else 0
     rollouts = math.ceil(cfg.batch // cfg.k / ranks) * cfg.k
     running = min(cfg.max_batch, rollouts)
     settings = Settings()
@@ -212,7 +212,7 @@ def _update(cfg, policy, roles, tokens, several, size) -> int:
     return words + max(max(end - own + kept, end) for end, own in zip(ends, gradients, strict=True))
 
 
-def _gathered(config: LlamaConfig, size: int) -> int:
+def gathered_bytes(config: LlamaConfig, size: int) -> int:
     """Whole parameters and gradients of two blocks and the root, which sharded models gather for their pass."""
     shapes = parameter_shapes(config)
     block = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks.0."))

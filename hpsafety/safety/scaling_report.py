@@ -14,18 +14,19 @@ import numpy as np
 
 from hpsafety.errors import InputError
 from hpsafety.files import atomic_write
+from hpsafety.safety.eval_answers import SETS
 from hpsafety.safety.intervals import bootstrap, wilson
 from hpsafety.safety.judges import judge_refusal
-from hpsafety.safety.measure import JUDGED, SETS
 
 PERCENTILES = (1, 5, 10)
+JUDGED = (("safety", "adversarial"), ("helpful", "helpful"), ("helpful", "borderline"))  # reward model, set
 CSV_FIELDS = ("fraction", "measure", "set", "judge", "value", "n", "low", "high")
 SAMPLES_PER_SET = 2
 TRENDS = ("safety_score", "refused_adversarial", "helpful_score", "refused_borderline")  # rank correlations
 
 
 def set_of(row: dict) -> str:
-    """The held-out set a prompt belongs to: what should happen is in measure.SETS."""
+    """The held-out set a prompt belongs to: one of eval_answers.SETS."""
     return "adversarial" if row.get("is_safety") else "borderline" if row.get("is_borderline") else "helpful"
 
 

@@ -8,7 +8,7 @@ dialogue. For the handful of turns of training data that is about what the sampl
 A draw is keyed by (seed, dialogue, turn), so the bytes do not depend on batch, ranks or interruptions.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from hpsafety.data.chat import encode_prompt
@@ -24,12 +24,14 @@ class Script:
     users  the turns of the dialogue itself
     asked  turn -> a question that is put there in place of the turn's own, for an answer that the dialogue forgets
     k      samples of the last turn's answer
+    goes_on  (turn, the answers before it) -> whether that turn is said at all; where not, the dialogue is over
     """
 
     users: list[str]
     asked: dict[int, str] = field(default_factory=dict)
     system: str | None = None
     k: int = 1
+    goes_on: Callable[[int, list[str]], bool] | None = None
 
     def messages(self, answers: list[str], last: str) -> list[dict]:
         """The chat after `answers`, with `last` as the user's newest text."""
@@ -107,6 +109,8 @@ def play(engine: Engine, scripts: Iterable[tuple[int, Script]], limit: int) -> I
 def _turn(engine: Engine, index: int, talk: Played, limit: int) -> list[Request]:
     """The requests of the dialogue's next turn; none where it is over or the context is full."""
     script, turn = talk.script, len(talk.answers) + 1
+    if script.goes_on is not None and turn <= len(script.users) and not script.goes_on(turn, talk.texts()):
+        return []
     wanted = []
     if turn in script.asked:
         wanted.append((1, script.asked[turn]))

@@ -21,29 +21,28 @@ TEMPLATE_TOKENS = 16  # that a chat template writes around a message, more or le
 
 
 def play_file(
-    cfg, limit: int, script: Callable[[dict], Script], keep: Callable[[dict, Played], dict], title: str, world
-) -> None:
+    cfg, limit: int, script: Callable[[dict], Script], keep: Callable[[dict, Played], dict], title: str, world,
+    number: Callable[[int, dict], int] | None = None,
+) -> None:  # fmt: skip
     """Plays each row of cfg.data (SampleConfig; prompt records) and writes what `keep` makes of it to cfg.out.
 
     limit   tokens of a dialogue, at most: where the next turn does not fit, it ends (a collective call)
     script  row -> what the user says;  keep: (row, what came of it) -> the row to write
+    number  (line, row) -> the dialogue's number, which keys its draws and is its own; the line if absent
     Raises InputError where the memory of --kv-memory is too small for one such dialogue.
     """
     dtype, _ = precision.choose(cfg.precision, world.device)
     cfg = dataclasses.replace(cfg, precision=precision.name(dtype))
-    job = LineJob("gatt", cfg, cfg.data, "prompt", model_hashes({"model": cfg.model}), world)
+    job = LineJob("dialogues", cfg, cfg.data, "prompt", model_hashes({"model": cfg.model}), world)
     if job.complete:
         return
     model = load_model(cfg.model, dtype, world.device)
     engine = Engine(model, engine_settings(cfg, model))
     job.check_rows(lambda row: check_memory(engine, script(row), limit))
-    try:
-        with job.working(cfg.resume):
-            tokens = _play_lines(job, engine, limit, script, keep, title)
-            total = distributed.all_sum(torch.tensor([tokens, engine.prefilled_tokens]), world)
-            job.finish(dict(zip(("decoded_tokens", "prompt_tokens_computed"), total.tolist(), strict=True)))
-    except NotFinite as error:
-        raise RunError(f"{job.place(error.prompt_index // STRIDE)}: {error}") from None
+    with job.working(cfg.resume):
+        tokens = _play_lines(job, engine, limit, script, keep, title, number)
+        total = distributed.all_sum(torch.tensor([tokens, engine.prefilled_tokens]), world)
+        job.finish(dict(zip(("decoded_tokens", "prompt_tokens_computed"), total.tolist(), strict=True)))
     if world.is_main:
         say(f"{title}: wrote {cfg.out}")
 
@@ -72,25 +71,29 @@ def user_texts(prompt: str | list[dict]) -> list[str]:
     return [m["content"] for m in prompt_messages(prompt) if m["role"] == "user"]
 
 
-def _play_lines(job: LineJob, engine: Engine, limit: int, script, keep, title: str) -> int:
+def _play_lines(job: LineJob, engine: Engine, limit: int, script, keep, title: str, number) -> int:
     """Plays what this rank still has to do, each dialogue kept as it ends; tokens decoded by this rank and run."""
-    rows: dict[int, dict] = {}
+    rows: dict[int, tuple[int, dict]] = {}  # dialogue's number -> its line and row
 
     def scripts():
         for index, row in job.rows():
-            rows[index] = row
-            yield index, script(row)
+            mine = index if number is None else number(index, row)
+            rows[mine] = index, row
+            yield mine, script(row)
 
     before, size = len(job.done), job.world.size
     progress, started, lines = Progress(title, job.total, before), time.monotonic(), 0
     try:
-        for index, played in play(engine, scripts(), limit):
-            job.add(index, keep(rows.pop(index), played))
+        for mine, played in play(engine, scripts(), limit):
+            index, row = rows.pop(mine)
+            job.add(index, keep(row, played))
             lines += 1
             if job.world.is_main:
                 done = min(job.total, before + lines * size)  # the other ranks are about as far
                 rate = size * engine.decoded_tokens / (time.monotonic() - started)
                 progress.update(done, f"{rate:.0f} tokens/s")
+    except NotFinite as error:
+        raise RunError(f"{job.place(rows[error.prompt_index // STRIDE][0])}: {error}") from None
     finally:
         progress.close()
     return engine.decoded_tokens
@@ -98,4 +101,4 @@ def _play_lines(job: LineJob, engine: Engine, limit: int, script, keep, title: s
 
 def check_chat(model, path: str) -> None:
     if model.tokenizer is None:
-        raise InputError(f"{path}: has no tokenizer.json; ghost attention needs one for the dialogues' text")
+        raise InputError(f"{path}: has no tokenizer.json; one is needed for the dialogues' text")

@@ -4,9 +4,10 @@ Launch: torchrun --nproc-per-node N -m hpsafety <stage> ... (NCCL on GPUs, gloo 
 state are sharded with FSDP2 (fully_shard); loss denominators, gradient norm and metrics stay global.
 """
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +52,36 @@ def init(device: str = "auto") -> World:
 
 
 def close() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
+    """Leaves the process group, if there is one and it is not held."""
+    if dist.is_initialized() and not _HELD:
         dist.destroy_process_group()
+
+
+_HELD: list[World] = []
+
+
+@contextlib.contextmanager
+def held(device: str) -> Iterator[World]:
+    """Keeps the process group from one stage to the next: processes can meet under one launch only once."""
+    world = init(device)
+    _HELD.append(world)
+    try:
+        yield world
+    finally:
+        _HELD.pop()
+        close()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, init gives a world of this process alone, whatever launched it."""
+    saved = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK")}
+    os.environ |= {"WORLD_SIZE": "1", "RANK": "0"}
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def _shard_dim(param: nn.Parameter, size: int):

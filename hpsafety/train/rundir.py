@@ -125,7 +125,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise file_error(self.path, "--out must be a directory, but a file stands there; choose another")
         if not path.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and not all(p.name.endswith(".tmp") for p in self.path.iterdir()):
                 raise file_error(
                     self.path, "--out holds files but no run of hpsafety; choose an empty directory"
                 )

@@ -11,7 +11,7 @@ from hpsafety.errors import InputError
 from hpsafety.safety.scaling_figures import ramp, spread, trade_figure
 from hpsafety.safety.scaling_page import score, share, show_tables, write_page
 from hpsafety.safety.scaling_report import choose_prompts, measures, spearman, summarise
-from tests.test_demo import HOSTILE, Tags
+from tests.hostile import HOSTILE, Tags
 
 FRACTIONS = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)
 TAGS = {"is_safety": True, "category": "illicit", "attack": "logic"}

@@ -75,3 +75,19 @@ def test_what_never_fits(model):
     talks = played(model, {0: Script(["a" * 60]), 1: Script(["b?"])}, limit=60)
     assert talks[0].full == 1 and not talks[0].answers and len(talks[1].answers) == 1
     assert played(model, {0: Script(["a" * 60])}, limit=60)[0].full == 1
+
+
+def test_a_dialogue_ends_where_the_script_does_not_go_on(model):
+    """The answers before decide; what was said up to there is as it would have been, and the context was not full."""
+    asked = []
+
+    def goes_on(turn, answers):
+        asked.append((turn, len(answers)))
+        return turn < 3
+
+    whole = played(model, {3: SCRIPTS[3]})[3]
+    found = played(
+        model, {3: Script(SCRIPTS[3].users, goes_on=goes_on), 4: Script(["x"], goes_on=lambda *_: False)}
+    )
+    assert found[3].texts() == whole.texts()[:2] and found[3].full is None and not found[4].answers
+    assert asked == [(1, 0), (2, 1), (3, 2)]

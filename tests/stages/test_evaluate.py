@@ -22,11 +22,11 @@ from hpsafety.safety.eval_page import cell, change_cell, grouped, show_table, wr
 from hpsafety.safety.multiple_choice import choice_logprobs, encode_choices
 from hpsafety.safety.violation import response_id, violates_rule
 from hpsafety.stages import evaluate
+from tests.hostile import HOSTILE, Tags
 from tests.safety.test_benchmarks import bbq_row
 from tests.stages.conftest import write_tokenizer
 from tests.stages.interrupt import stop_at
 from tests.stages.ranks import run_on_two_ranks
-from tests.test_demo import HOSTILE, Tags
 from tests.tiny import tiny_model
 
 TAGS = {"is_safety": True, "category": "illicit", "attack": "logic"}

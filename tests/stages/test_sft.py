@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hpsafety.config import SFTConfig
+from hpsafety.data.groups import pack
 from hpsafety.errors import InputError
 from hpsafety.model.io import load_model
 from hpsafety.stages import sft
@@ -167,9 +168,9 @@ def test_early_stopping_keeps_the_best_pass(model_dir, data_file, tmp_path):
     assert manifest["counts"]["held_out"] == 6 and manifest["counts"]["steps"] == len(rows) == 6 * len(values)
     trained = load_model(str(out / "model"))
     groups, _ = sft.build_groups(wrong, trained.tokenizer, 128)
-    from hpsafety.safety.measure import loss_per_token
-
-    assert loss_per_token(trained, groups, 1000) == pytest.approx(min(values), rel=1e-5)
+    batch = pack(groups)
+    loss = trained.nll(batch, 1.0).item() / batch.num_trained
+    assert loss == pytest.approx(min(values), rel=1e-5)
 
 
 SCRIPT = """
