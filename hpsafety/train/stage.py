@@ -42,6 +42,7 @@ def run_directory(cfg, stage: str, data, world, models: dict[str, str] | None = 
 
 def begin(out: RunDir, headline: str, counts: dict, world) -> None:
     """Makes OUT and its log: the headline is also shown, the counts are logged line by line."""
+    distributed.barrier(world)  # rank 0 writes OUT only when every rank has looked at it
     out.open()
     if world.is_main:
         out.log = open_log(out.path / "log.txt")
