@@ -18,6 +18,7 @@ from hpsafety.config import ProfileConfig, flag
 from hpsafety.errors import InputError, file_error
 
 UNMARKED = (
+    "select",
     "sample",
     "audit",
     "eval",

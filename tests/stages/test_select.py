@@ -75,7 +75,7 @@ def test_documents(tmp_path):
     "words, told",
     [
         (["--tokens", "5"], "--tokens needs --model"),
-        (["--tokens", "5", "--model", "MODEL"], "no row is left of 503: --tokens 5 is too small"),
+        (["--tokens", "5", "--model", "MODEL"], "no row is left of 587: --tokens 5 is too small"),
         (["--kinds", "bad"], "--kinds must be of safety, borderline, helpful"),
         (["--shares", "1"], "--shares must be two numbers"),
         (["--exclude", str(demo_path("train"))], "no row is left"),
