@@ -68,7 +68,9 @@ def test_the_pipeline_of_the_demo():
         name for name in stages if stages[name].run == "select" and stages[name].raw.record == "prompt"
     ]
     for place, name in enumerate(sampled):
-        others = {"{select-sft}/rows.jsonl"} | {f"{{{other}}}/rows.jsonl" for other in sampled[:place]}
+        others = {f"{{{other}}}/rows.jsonl" for other in sampled[:place]}
+        if name in ("select-distill", "select-redteam"):  # fine-tuning leaves no others for best-of-K and PPO
+            others |= {"{select-sft}/rows.jsonl"}
         assert set(stages[name].raw.exclude) == others, name
     answers = {stages[name].raw.max_new_tokens for name in EVALS}
     assert answers == {stages["reject"].raw.max_new_tokens}
