@@ -6,7 +6,7 @@ import time
 from hpsafety.errors import InputError, RunError
 from hpsafety.rollout.engine import Engine, NotFinite, Request
 from hpsafety.safety.item_job import begin_items
-from hpsafety.safety.sampling_job import engine_settings
+from hpsafety.safety.sampling_job import engine_settings, goes_on
 from hpsafety.train.lines import LineJob
 from hpsafety.train.metrics import Progress
 
@@ -26,7 +26,7 @@ def continue_file(cfg, items: str, one_line: bool, world, title: str) -> None:
     engine = Engine(model, settings)
     job.check_rows(lambda row: _check(engine, row))
     try:
-        with job.working(cfg.resume):
+        with job.working(goes_on(job, model, cfg.resume)):
             _continue_lines(job, engine, one_line, title)
             job.finish({})
     except NotFinite as error:

@@ -16,6 +16,7 @@ from hpsafety.data.batches import micro_batches
 from hpsafety.data.groups import PromptGroup, pack
 from hpsafety.errors import InputError
 from hpsafety.safety.item_job import begin_items
+from hpsafety.safety.sampling_job import goes_on
 from hpsafety.train.lines import LineJob
 from hpsafety.train.metrics import Progress
 
@@ -93,7 +94,7 @@ def answer_file(cfg: ChoiceSettings, items: str, world, title: str) -> None:
     if model is None:
         return
     job.check_rows(lambda row: check_length(model, row))
-    with job.working(cfg.resume):
+    with job.working(goes_on(job, model, cfg.resume)):
         _answer_lines(job, model, cfg.tokens_per_batch, title)
         job.finish({})
 

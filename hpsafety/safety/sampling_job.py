@@ -22,6 +22,18 @@ from hpsafety.train.lines import LineJob
 from hpsafety.train.metrics import Progress, say
 from hpsafety.train.rundir import model_hashes
 
+REDO_LINES = 1000
+
+
+def goes_on(job: LineJob, model, resume: bool) -> bool:
+    """Whether what a stopped job has finished is kept.
+
+    Where products change with the rows beside them (bf16 here), the lines that are left would have other neighbours than
+    in an uninterrupted run, and come out in other words. A job of at most REDO_LINES lines is begun anew there, so that
+    it ends with the same bytes; a longer one goes on.
+    """
+    return resume and (job.total > REDO_LINES or row_bound(model) == 0)
+
 
 def sample_file(cfg, world) -> None:
     """Samples the prompts of cfg.data (SampleConfig) into cfg.out and its manifest (a collective call)."""
@@ -39,7 +51,7 @@ def sample_file(cfg, world) -> None:
     engine = Engine(model, engine_settings(cfg, model))
     job.check_rows(lambda row: check_prompt(engine, row))
     try:
-        with job.working(cfg.resume):
+        with job.working(goes_on(job, model, cfg.resume)):
             if world.is_main:
                 say(headline(job, engine, cfg))
             counts = sample_lines(job, engine, cfg)

@@ -10,7 +10,7 @@ from hpsafety.data.chat import encode_prompt, prompt_messages
 from hpsafety.errors import InputError, RunError
 from hpsafety.model.io import load_model
 from hpsafety.rollout.engine import Engine, NotFinite
-from hpsafety.safety.sampling_job import engine_settings
+from hpsafety.safety.sampling_job import engine_settings, goes_on
 from hpsafety.safety.talk import STRIDE, Played, Script, play
 from hpsafety.train import distributed, precision
 from hpsafety.train.lines import LineJob
@@ -39,7 +39,7 @@ def play_file(
     model = load_model(cfg.model, dtype, world.device)
     engine = Engine(model, engine_settings(cfg, model))
     job.check_rows(lambda row: check_memory(engine, script(row), limit))
-    with job.working(cfg.resume):
+    with job.working(goes_on(job, model, cfg.resume)):
         tokens = _play_lines(job, engine, limit, script, keep, title, number)
         total = distributed.all_sum(torch.tensor([tokens, engine.prefilled_tokens]), world)
         job.finish(dict(zip(("decoded_tokens", "prompt_tokens_computed"), total.tolist(), strict=True)))
