@@ -28,7 +28,7 @@ REDO_LINES = 1000
 def goes_on(job: LineJob, model, resume: bool) -> bool:
     """Whether what a stopped job has finished is kept.
 
-    Where products change with the rows beside them (bf16 here), the lines that are left would have other neighbours than
+    Where products change with the rows beside them (bf16), the lines that are left would have other neighbours than
     in an uninterrupted run, and come out in other words. A job of at most REDO_LINES lines is begun anew there, so that
     it ends with the same bytes; a longer one goes on.
     """
