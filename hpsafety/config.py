@@ -65,6 +65,10 @@ def require_device(cfg) -> None:
     require(cfg, "device", known, "auto, cpu, cuda or cuda:N")
 
 
+def require_precision(cfg) -> None:
+    require(cfg, "precision", cfg.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+
+
 def require_seed(cfg) -> None:
     require(cfg, "seed", 0 <= cfg.seed < 2**63, "from 0 to 2^63 - 1")
 
@@ -112,7 +116,7 @@ def require_training(cfg: TrainConfig) -> None:
     """The settings of a training, without what it reads and writes."""
     require_seed(cfg)
     require_device(cfg)
-    require(cfg, "precision", cfg.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+    require_precision(cfg)
     require_at_least(cfg, 1, "batch", "tokens_per_batch", "epochs", "steps")
     require_at_least(cfg, 2, "max_length")
     require_at_least(cfg, 0, "warmup", "checkpoint_every")

@@ -10,6 +10,7 @@ from hpsafety.config import (
     require_at_least,
     require_device,
     require_kv_memory,
+    require_precision,
     require_seed,
 )
 from hpsafety.config_sampling import require_sampling
@@ -88,5 +89,5 @@ class EvalConfig:
         require_seed(self)
         require_kv_memory(self)
         require_device(self)
-        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_precision(self)
         require_at_least(self, 1, "limit", "max_batch", "tokens_per_batch")

@@ -3,7 +3,15 @@
 import dataclasses
 from typing import Literal
 
-from hpsafety.config import Precision, option, require, require_at_least, require_device, require_seed
+from hpsafety.config import (
+    Precision,
+    option,
+    require,
+    require_at_least,
+    require_device,
+    require_precision,
+    require_seed,
+)
 from hpsafety.errors import InputError
 
 RECORDS = ("demonstration", "prompt", "preference", "document")
@@ -29,7 +37,8 @@ class PipelineConfig:
             require_seed(self)
         if self.device is not None:
             require_device(self)
-        require(self, "precision", self.precision in (None, "auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        if self.precision is not None:
+            require_precision(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

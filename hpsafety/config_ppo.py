@@ -15,6 +15,7 @@ from hpsafety.config import (
     require_at_least,
     require_device,
     require_kv_memory,
+    require_precision,
     require_seed,
 )
 from hpsafety.errors import InputError
@@ -152,4 +153,4 @@ class PPOConfig:
         require(self, "frozen", self.frozen in ("resident", "bf16", "mapped"), "resident, bf16 or mapped")
         require_at_least(self, 0, "lora_rank")
         require(self, "critic_from", not (self.lora_rank and self.critic_from), "absent with --lora-rank")
-        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_precision(self)

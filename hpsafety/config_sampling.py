@@ -12,6 +12,7 @@ from hpsafety.config import (
     require_at_least,
     require_device,
     require_kv_memory,
+    require_precision,
     require_seed,
 )
 
@@ -38,7 +39,7 @@ class ScoreConfig:
         require(self, "data", len(self.data) > 0 and all(self.data), "one file or more")
         require(self, "out", bool(self.out), "a file")
         require_device(self)
-        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_precision(self)
         require_at_least(self, 1, "tokens_per_batch")
 
 
@@ -83,7 +84,7 @@ class SampleConfig:
         require_seed(self)
         require_kv_memory(self)
         require_device(self)
-        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_precision(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +108,7 @@ class ChatConfig:
         require_sampling(self)
         require_seed(self)
         require_device(self)
-        require(self, "precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        require_precision(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

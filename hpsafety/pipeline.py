@@ -8,7 +8,6 @@ while the others wait.
 import contextlib
 import gc
 import importlib
-import json
 import time
 
 from hpsafety import cli, pipeline_state
@@ -130,8 +129,3 @@ def close_entry(pipeline: Pipeline, state: dict, entry: dict, status: str, start
     entry.pop("since", None)
     entry |= {"status": status, "seconds": round(entry["seconds"] + time.monotonic() - started, 2)}
     pipeline_state.write_state(pipeline, state)
-
-
-def read_eval(stage: Stage) -> dict:
-    """eval.json of an eval stage."""
-    return json.loads((stage.out / "eval.json").read_text(encoding="utf-8"))

@@ -32,7 +32,8 @@ def goes_on(job: LineJob, model, resume: bool) -> bool:
     in an uninterrupted run, and come out in other words. A job of at most REDO_LINES lines is begun anew there, so that
     it ends with the same bytes; a longer one goes on.
     """
-    return resume and (job.total > REDO_LINES or row_bound(model) == 0)
+    started = job.part.exists()  # only then are the products worth measuring
+    return resume and (not started or job.total > REDO_LINES or row_bound(model) == 0)
 
 
 def sample_file(cfg, world) -> None:
