@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpsafety import cli
-from hpsafety.model.io import save_model
-from tests.stages.conftest import write_tokenizer
-from tests.tiny import tiny_model
+from tests.stages.conftest import save_chat_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOML = """
@@ -58,9 +56,7 @@ steps = 2
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_model(tiny_model(seed=2, max_positions=2048), str(folder))
-    write_tokenizer(folder)
-    return str(folder)
+    return save_chat_model(folder, seed=2, max_positions=2048)
 
 
 @pytest.fixture

@@ -37,12 +37,16 @@ def write_tokenizer(folder) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_model(tiny_model(seed=2), str(folder))
+def save_chat_model(folder, **settings) -> str:
+    """A tiny chat model (tests/tiny.py's settings) in a folder; its path."""
+    save_model(tiny_model(**settings), str(folder))
     write_tokenizer(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return save_chat_model(tmp_path_factory.mktemp("model") / "tiny", seed=2)
 
 
 @pytest.fixture(scope="session")

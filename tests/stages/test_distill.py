@@ -14,14 +14,13 @@ from hpsafety.data.chat import encode_prompt
 from hpsafety.data.records import iter_records, write_records
 from hpsafety.errors import InputError, RunError
 from hpsafety.model.heads import reward_model_from
-from hpsafety.model.io import load_model, save_model
+from hpsafety.model.io import load_model
 from hpsafety.model.reward_io import load_reward_model, save_reward_model
 from hpsafety.rollout.scoring import Scorer
 from hpsafety.safety import distill_arms
 from hpsafety.safety.distillation import replay
 from hpsafety.stages import distill, sft
-from tests.stages.conftest import write_tokenizer
-from tests.tiny import tiny_model
+from tests.stages.conftest import save_chat_model
 
 RISKS = (
     {"category": "illicit"},
@@ -44,9 +43,7 @@ notice = "mind this: {label}"
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_model(tiny_model(seed=2, max_positions=512), str(folder))
-    write_tokenizer(folder)
-    return str(folder)
+    return save_chat_model(folder, seed=2, max_positions=512)
 
 
 @pytest.fixture(scope="session")
@@ -249,8 +246,7 @@ def test_kl_target_moves_the_model_towards_its_preprompted_self(model_dir, judge
 
 def test_larger_teacher(model_dir, judges, data, tmp_path):
     """A teacher of another size and the same tokenizer; one of another tokenizer or vocabulary is refused."""
-    save_model(tiny_model(seed=9, width=48, num_layers=3, max_positions=512), tmp_path / "large")
-    write_tokenizer(tmp_path / "large")
+    save_chat_model(tmp_path / "large", seed=9, width=48, num_layers=3, max_positions=512)
     changes = {"target": "kl", "teacher": str(tmp_path / "large"), "preprompt": "none", "steps": 2}
     distill.run(config(model_dir, judges, data, tmp_path / "run", **changes))
     losses = [row["loss"] for row in lines(tmp_path / "run" / "metrics.jsonl")]
@@ -259,8 +255,7 @@ def test_larger_teacher(model_dir, judges, data, tmp_path):
     file.write_text(file.read_text().replace('"a"', '"@"'))
     with pytest.raises(InputError, match="differ in their vocabulary"):
         distill.run(config(model_dir, judges, data, tmp_path / "other", **changes))
-    save_model(tiny_model(seed=9, vocab_size=80, max_positions=512), tmp_path / "wide")
-    write_tokenizer(tmp_path / "wide")
+    save_chat_model(tmp_path / "wide", seed=9, vocab_size=80, max_positions=512)
     with pytest.raises(InputError, match="head of 80 words"):
         distill.run(
             config(

@@ -15,7 +15,7 @@ from hpsafety.config import EvalConfig
 from hpsafety.config_eval import BENCHMARKS
 from hpsafety.data.records import iter_json_lines, iter_records, write_records
 from hpsafety.errors import InputError
-from hpsafety.model.io import load_model, save_model
+from hpsafety.model.io import load_model
 from hpsafety.safety import eval_jobs
 from hpsafety.safety.benchmarks import truthfulqa
 from hpsafety.safety.eval_page import cell, change_cell, grouped, show_table, write_page
@@ -24,10 +24,9 @@ from hpsafety.safety.violation import response_id, violates_rule
 from hpsafety.stages import evaluate
 from tests.hostile import HOSTILE, Tags
 from tests.safety.test_benchmarks import bbq_row
-from tests.stages.conftest import write_tokenizer
+from tests.stages.conftest import save_chat_model
 from tests.stages.interrupt import stop_at
 from tests.stages.ranks import run_on_two_ranks
-from tests.tiny import tiny_model
 
 TAGS = {"is_safety": True, "category": "illicit", "attack": "logic"}
 RESULTS = (
@@ -46,9 +45,7 @@ def long_models(tmp_path_factory) -> dict[str, str]:
     out = {}
     for seed, name in enumerate(("tuned", "untuned")):
         folder = tmp_path_factory.mktemp("models") / name
-        save_model(tiny_model(seed=seed + 3, max_positions=1400), str(folder))
-        write_tokenizer(folder)
-        out[name] = str(folder)
+        out[name] = save_chat_model(folder, seed=seed + 3, max_positions=1400)
     return out
 
 

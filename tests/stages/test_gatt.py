@@ -21,7 +21,7 @@ from hpsafety.safety.talk import Answer, Played
 from hpsafety.stages import gatt
 from hpsafety.train import loop
 from hpsafety.train.finetune import build_groups
-from tests.stages.conftest import write_tokenizer
+from tests.stages.conftest import save_chat_model
 from tests.tiny import tiny_model
 
 LISTS = ("1. chess\n2. Hiking\n3. baking", "1. Ada Lake\n2. Carl Gauss, a mind\n3. Marie Curie")
@@ -48,9 +48,7 @@ class NamingEngine:
 def chat_model(tmp_path_factory):
     """A tiny chat model whose context holds a dialogue, letter by letter."""
     folder = tmp_path_factory.mktemp("model") / "tiny-chat"
-    save_model(tiny_model(seed=2, max_positions=700), str(folder))
-    write_tokenizer(folder)
-    return str(folder)
+    return save_chat_model(folder, seed=2, max_positions=700)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hpsafety.data.records import check_disjoint, iter_json_lines, iter_records,
 from hpsafety.data.schemas import ATTACKS, CATEGORIES
 from hpsafety.errors import InputError
 from hpsafety.model.heads import reward_model_from
-from hpsafety.model.io import load_model, save_model
+from hpsafety.model.io import load_model
 from hpsafety.model.reward_io import save_reward_model
 from hpsafety.safety import redteam_job
 from hpsafety.safety.attacks import found_before, identity
@@ -27,10 +27,9 @@ from hpsafety.safety.rounds import preference_pairs
 from hpsafety.safety.talk_job import user_texts
 from hpsafety.stages import redteam
 from tests.hostile import HOSTILE, Tags
-from tests.stages.conftest import write_tokenizer
+from tests.stages.conftest import save_chat_model
 from tests.stages.interrupt import stop_at
 from tests.stages.ranks import run_on_two_ranks
-from tests.tiny import tiny_model
 
 HERE = "tests.stages.test_redteam"
 DATA = ("redteam.json", "dialogues.jsonl", "finds.jsonl", "report.html")
@@ -55,9 +54,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     out = {}
     for seed, name in enumerate(("early", "late")):
         folder = tmp_path_factory.mktemp("models") / name
-        save_model(tiny_model(seed=seed + 3, max_positions=1200), str(folder))
-        write_tokenizer(folder)
-        out[name] = str(folder)
+        out[name] = save_chat_model(folder, seed=seed + 3, max_positions=1200)
     return out
 
 
